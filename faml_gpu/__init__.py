@@ -1,0 +1,33 @@
+"""faml_gpu: averages and classifies cryo-electron subtomograms with FAML, on NVIDIA GPUs and on CPUs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from faml_gpu.data import Result
+    from faml_gpu.errors import InputError
+    from faml_gpu.options import Options
+    from faml_gpu.pipeline import average, classify
+    from faml_gpu.run_folder import OutputError
+
+__all__ = ["InputError", "Options", "OutputError", "Result", "__version__", "average", "classify"]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "InputError": "errors",
+    "Options": "options",
+    "OutputError": "run_folder",
+    "Result": "data",
+    "average": "pipeline",
+    "classify": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: Numba alone takes a second, which `--help` need not wait for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

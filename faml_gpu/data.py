@@ -1,0 +1,201 @@
+"""What is passed between the steps: particles, parameters, posteriors, results. No files, no algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "IterationRecord",
+    "ParticleSource",
+    "Poses",
+    "Posterior",
+    "Result",
+    "State",
+    "best_poses",
+]
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Boxes read together, with the distinct Fourier weights they need.
+
+    Attributes
+    ----------
+    boxes : (B, N, N, N) float32, `[z, y, x]`, as read (not yet normalised)
+    weights : (W, N, N, N//2 + 1) float32 in [0, 1]
+        rfftn layout (not shifted), axes `[kz, ky, kx]`; one per distinct weight of the batch.
+    weight_index : (B,) int64
+        Row of `weights` for each box.
+    weight_ids : W hashable names
+        The same name means the same weight in any batch (what is computed from it can be kept).
+    """
+
+    boxes: Float32
+    weights: Float32
+    weight_index: Int64
+    weight_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Poses:
+    """One pose per particle: `rotations` (n, 3, 3) float64, `shifts` (n, 3) float64 in voxels, (x, y, z).
+
+    `classes` (n,) int64 from 0 where the input gives them, else None.
+    """
+
+    rotations: Float64
+    shifts: Float64
+    classes: Int64 | None = None
+
+
+class ParticleSource(Protocol):
+    """Where the E-step reads its particles from: a STAR file, a folder of boxes, or arrays."""
+
+    @property
+    def box(self) -> int: ...
+
+    @property
+    def voxel_size(self) -> float:
+        """Angstrom per voxel."""
+
+    @property
+    def poses(self) -> Poses | None:
+        """The poses the input came with, or None."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Int64) -> Batch: ...
+
+
+@dataclass
+class State:
+    """The parameters Theta of the model.
+
+    Attributes
+    ----------
+    iteration : number of completed iterations
+    maps : (K, N, N, N) float32, the class averages A_k
+    alpha : (K,) float64, class proportions, sum 1
+    sigma2 : (S,) float64, noise variance per Fourier shell |xi| = 0 .. S - 1 (all equal for a single sigma),
+        of the complex coefficient of the unscaled DFT
+    zeta : standard deviation of the shifts, voxels
+    """
+
+    iteration: int
+    maps: Float32
+    alpha: Float64
+    sigma2: Float64
+    zeta: float
+
+
+@dataclass
+class Posterior:
+    """Poses that carry posterior mass, flat over all particles, sorted by particle.
+
+    particle (n,) int64; class_index (n,) int64 from 0; rotations (n, 3, 3); shifts (n, 3) voxels;
+    probability (n,), summing to 1 per particle. Per particle, N long: `log_likelihood` (N,) its
+    contribution to L; `n_significant` (N,) int64 the number of poses kept for it;
+    `class_probability` (N, K).
+    """
+
+    particle: Int64
+    class_index: Int64
+    rotations: Float64
+    shifts: Float64
+    probability: Float64
+    log_likelihood: Float64
+    n_significant: Int64
+    class_probability: Float64
+
+
+@dataclass(frozen=True)
+class BestPoses:
+    """Most probable class per particle and the most probable pose in it; arrays of length N.
+
+    `probability` is that of the (class, pose) pair (rlnMaxValueProbDistribution).
+    """
+
+    classes: Int64
+    rotations: Float64
+    shifts: Float64
+    probability: Float64
+
+
+def best_poses(posterior: Posterior) -> BestPoses:
+    """The most probable class of each particle, and the most probable pose within that class."""
+    n = len(posterior.class_probability)
+    classes = np.argmax(posterior.class_probability, axis=1).astype(np.int64)
+    inside = posterior.class_index == classes[posterior.particle]
+    # Sort by particle, then by (belongs to its class, probability): the last of each particle is its best.
+    order = np.lexsort((posterior.probability, inside, posterior.particle))
+    last = np.searchsorted(posterior.particle[order], np.arange(n), side="right") - 1
+    best = order[last]
+    return BestPoses(
+        classes, posterior.rotations[best], posterior.shifts[best], np.minimum(posterior.probability[best], 1.0)
+    )
+
+
+@dataclass
+class IterationRecord:
+    """What one iteration did: a row of the history, JSON-ready through `dataclasses.asdict`."""
+
+    iteration: int
+    log_likelihood: float
+    sigma: float  # root of the mean noise variance over the active support
+    zeta: float  # voxels
+    alpha: list[float]
+    class_sizes: list[int]  # particles whose most probable class it is
+    r_max: int  # Fourier voxels
+    resolution: float  # Angstrom, N * voxel / r_max
+    bandwidth: int
+    candidates: float  # mean per particle and class
+    changed_class: float  # share of particles
+    pose_change: float  # median, degrees
+    map_correlation: list[float]  # with the previous averages, per class
+    near_identity: float  # share of poses within 10 degrees of the identity
+    coverage: list[float]  # share of each class's Fourier voxels observed at least once
+    converged: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """All that is needed to go on after an iteration (all randomness derives from the seed and the iteration)."""
+
+    state: State
+    posterior: Posterior
+    history: list[IterationRecord]
+
+
+@dataclass
+class Result:
+    """What `average` and `classify` return.
+
+    `maps` (K, N, N, N) float32: the final class averages at full band, background near 0;
+    `best`: class and pose per particle; `history`: one record per iteration;
+    `converged_at`: the iteration at which the stopping rule first held, or None;
+    `options`: every option as resolved (JSON-ready); `state`, `posterior`: for going on from Python.
+    """
+
+    maps: Float32
+    best: BestPoses
+    posterior: Posterior
+    state: State
+    history: list[IterationRecord]
+    converged_at: int | None
+    options: dict[str, Any]
+    voxel_size: float
+
+
+Progress = Callable[[str, int, int], None]  # (step name, done, total)

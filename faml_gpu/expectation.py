@@ -1,0 +1,131 @@
+"""Step 3, expectation: log-likelihoods of the candidate poses and their posterior probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from faml_gpu import ops
+from faml_gpu.array_backend import Array, namespace, step, to_host
+from faml_gpu.fast_alignment import Candidates, Observation, Reference
+
+__all__ = ["BatchPosterior", "expectation", "log_normaliser"]
+
+KEPT_MASS = 0.999  # poses of a particle are kept, best first, up to this posterior mass
+
+
+@dataclass(frozen=True)
+class BatchPosterior:
+    """Poses of a batch that carry posterior mass, flat and sorted by particle (host arrays).
+
+    particle, class_index (n,) int64; rotations (n, 3, 3); shifts (n, 3); probability (n,), sums to 1 per particle.
+    residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose.
+    log_likelihood (B,): logsumexp over classes and poses; class_probability (B, K), of all poses.
+    """
+
+    particle: NDArray[np.int64]
+    class_index: NDArray[np.int64]
+    rotations: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    probability: NDArray[np.float64]
+    residual: NDArray[np.float64]
+    log_likelihood: NDArray[np.float64]
+    class_probability: NDArray[np.float64]
+
+
+def expectation(
+    observation: Observation,
+    references: list[Reference],
+    candidates: list[Candidates],
+    log_volumes: list[Array],
+    alpha: NDArray[np.float64],
+    sigma2: NDArray[np.float64],
+    zeta: float,
+) -> BatchPosterior:
+    """Posterior over (class, pose), Eq. 14-15, with the pose integral replaced by the weighted candidates.
+
+    log P = log alpha_k + log v~ - sum_j w_j^2 |X_j - (RA)_j|^2 / (2 sigma_j^2) - |t|^2 / (2 zeta^2) + const,
+    the sum over the full Fourier volume (each coefficient and its conjugate).
+
+    Parameters
+    ----------
+    observation : Observation
+        B particles.
+    references, candidates, log_volumes : K each
+    alpha : (K,)
+    sigma2 : (S,), S > r_max
+        Noise variance per Fourier shell.
+    zeta : float, voxels
+    """
+    b, n_classes = len(observation.spectra), len(references)
+    r_max = observation.support.r_max
+    precision = np.zeros(r_max + 1)
+    precision[1:] = 1 / sigma2[1 : r_max + 1]
+    residuals, logits = [], []
+    with step("residuals"):
+        for k in range(n_classes):
+            c = candidates[k]
+            shells = ops.residual(
+                references[k].grid,
+                observation.spectra,
+                observation.weights,
+                observation.weight_index,
+                c.rotations,
+                c.shifts,
+                c.count,
+                observation.support,
+                references[k].padding,
+            )
+            xp = namespace(shells)
+            logit = (
+                np.log(max(alpha[k], np.finfo(np.float64).tiny))
+                + log_volumes[k]
+                - 0.5 * (shells @ xp.asarray(precision))
+                - 0.5 * (c.shifts**2).sum(axis=-1) / zeta**2
+            )
+            logit[xp.arange(logit.shape[1])[None] >= c.count[:, None]] = -np.inf
+            residuals.append(to_host(shells))
+            logits.append(to_host(logit))
+    with step("posterior"):
+        logit = np.stack(logits, axis=1)  # (B, K, n)
+        evidence = logsumexp(logit.reshape(b, -1), axis=1)
+        probability = np.exp(logit - evidence[:, None, None])
+        kept = _kept(probability.reshape(b, -1)).reshape(probability.shape)
+        particle, class_index, pose = np.nonzero(kept)
+        p = probability[kept]
+        p /= np.bincount(particle, p, minlength=b)[particle]
+        rotations = np.stack([to_host(c.rotations) for c in candidates])
+        shifts = np.stack([to_host(c.shifts) for c in candidates])
+        return BatchPosterior(
+            particle.astype(np.int64),
+            class_index.astype(np.int64),
+            rotations[class_index, particle, pose],
+            shifts[class_index, particle, pose],
+            p,
+            np.stack(residuals)[class_index, particle, pose],
+            evidence,
+            probability.sum(axis=2),
+        )
+
+
+def _kept(probability: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """The largest entries of each row (B, n), until their sum reaches KEPT_MASS; the largest always."""
+    order = np.argsort(-probability, axis=1, kind="stable")
+    sorted_p = np.take_along_axis(probability, order, axis=1)
+    before = np.cumsum(sorted_p, axis=1) - sorted_p
+    keep = (before < KEPT_MASS) & (sorted_p > 0)
+    out = np.zeros(probability.shape, bool)
+    np.put_along_axis(out, order, keep, axis=1)
+    return out
+
+
+def log_normaliser(observed: NDArray[np.float64], sigma2: NDArray[np.float64], zeta: float, n: int) -> float:
+    """What belongs to the objective beside the log-sum-exp: -1/2 sum J log sigma^2 - (3 n / 2) log zeta^2.
+
+    observed (r_max + 1,): sum of w^2 over the particles' voxels of each shell (J°); without this term the
+    likelihood falls as sigma shrinks.
+    """
+    return float(-0.5 * (observed[1:] * np.log(sigma2[1 : len(observed)])).sum() - 1.5 * n * np.log(zeta**2))

@@ -1,0 +1,167 @@
+"""Step 1, fast alignment: for each particle the set of candidate poses against one class average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from faml_gpu import ops
+from faml_gpu.array_backend import Array, namespace, step, to_host
+from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
+from faml_gpu.fast_alignment.so3 import correlate
+from faml_gpu.fast_alignment.translations import ShiftWindow
+from faml_gpu.fourier import Support
+from faml_gpu.geometry import euler_to_matrix
+
+__all__ = ["Candidates", "Observation", "Reference", "align", "make_reference", "normalised_scores"]
+
+# c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A batch of particles on the active support.
+
+    spectra (B, M) complex64: X; weights (W, M) float32: w, of particle b the row weight_index[b] (B,) int64;
+    weight_ids: W names, the same for the same weight in any batch.
+    """
+
+    support: Support
+    spectra: Array
+    weights: Array
+    weight_index: Array
+    weight_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One class average, ready to be matched.
+
+    grid: its `fourier.interpolation_grid`; magnitude, power: coefficients (r_max, L, n_l) of |A| and |A|^2
+    on shells of integer radius.
+    """
+
+    grid: Array
+    padding: int
+    bandwidth: int
+    magnitude: Array
+    power: Array
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The set of poses per particle: rotations (B, n, 3, 3), shifts (B, n, 3) voxels, count (B,) how many.
+
+    correlation (B, n): wedge-constrained correlation coefficient of each, what `fa` ranks by.
+    """
+
+    rotations: Array
+    shifts: Array
+    correlation: Array
+    count: Array
+
+
+def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
+    """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid."""
+    xp = namespace(grid)
+    sphere = sphere_grid(bandwidth)
+    radii = np.arange(1, r_max + 1, dtype=np.float64)
+    points = xp.asarray((radii[:, None, None] * sphere.directions).reshape(-1, 3))
+    values = abs(ops.rotate(grid, xp.eye(3)[None], points, padding)[0]).reshape(r_max, -1)
+    return Reference(grid, padding, bandwidth, sphere.coefficients(values), sphere.coefficients(values**2))
+
+
+def normalised_scores(
+    observation: Observation,
+    reference: Reference,
+    precision: Array,
+    *,
+    centred: bool,
+    kept: dict[str, Array] | None = None,
+) -> Array:
+    """c~ = c~0 / c~1 (Eq. 1-2 with magnitudes) on the SO(3) grid.
+
+    c~0 = sum w^2 |X| |RA| bounds the correlation from above whatever the shift (triangle inequality);
+    c~1^2 = sum w^2 R(|A|^2). Both are weighted by the precision, 1 / sigma^2 of each voxel's shell.
+
+    Parameters
+    ----------
+    observation : Observation
+    reference : Reference
+    precision : (M,) float32
+    centred : bool
+        Subtract from |X| its mean per shell over the observed voxels. A noisy |X| has a positive mean (Rician),
+        so without this c~0 mostly measures sum w |RA|.
+    kept : dict, optional
+        c~1 by weight name, filled and used: c~1 depends on the class and the weight only.
+
+    Returns
+    -------
+    (B, 2L, 2L, 2L) float32
+        Axes [b, beta, gamma, alpha].
+    """
+    xp = namespace(observation.spectra)
+    support, harmonics = observation.support, shell_harmonics(observation.support, reference.bandwidth)
+    kept = {} if kept is None else kept
+    missing = [i for i, name in enumerate(observation.weight_ids) if name not in kept]
+    if missing:
+        squared = correlate(harmonics.coefficients(observation.weights[missing] ** 2 * precision), reference.power)
+        for i, c1 in zip(missing, squared, strict=True):
+            kept[observation.weight_ids[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
+    magnitude = abs(observation.spectra)
+    weight = observation.weights[observation.weight_index]
+    if centred:
+        total, observed = support.shell_sums(magnitude * weight), support.shell_sums(weight)
+        mean = total / xp.maximum(observed, np.finfo(np.float32).tiny)
+        magnitude = magnitude - mean[:, support.shell].astype(np.float32)
+    scores = correlate(harmonics.coefficients(magnitude * weight**2 * precision), reference.magnitude)
+    rows = to_host(observation.weight_index)
+    for b, row in enumerate(rows):
+        scores[b] /= kept[observation.weight_ids[row]]
+    return scores
+
+
+def align(
+    observation: Observation,
+    reference: Reference,
+    precision: Array,
+    window: ShiftWindow,
+    n_candidates: int,
+    *,
+    centred: bool,
+    kept: dict[str, Array] | None = None,
+) -> Candidates:
+    """At most `n_candidates` good poses of each particle: local maxima of c~, each with its best shift.
+
+    Parameters
+    ----------
+    observation, reference, precision, centred, kept
+        As for `normalised_scores`.
+    window : ShiftWindow
+        The shifts searched.
+    n_candidates : int
+
+    Returns
+    -------
+    Candidates
+        Best c~ first.
+    """
+    xp = namespace(observation.spectra)
+    with step("rotational matching"):
+        scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept)
+    with step("peaks"):
+        # Closer than one step of alpha is one candidate.
+        angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
+        rotations = xp.asarray(euler_to_matrix(to_host(angles)))
+    with step("translations"):
+        shifts, correlation = xp.zeros(angles.shape), xp.zeros(angles.shape[:2])
+        for b, n in enumerate(to_host(count)):
+            weight = observation.weights[observation.weight_index[b]] ** 2 * precision
+            rotated = ops.rotate(reference.grid, rotations[b, :n], observation.support.coords, reference.padding)
+            shifts[b, :n], cross = window.best(weight * observation.spectra[b] * rotated.conj())
+            power = 2 * (weight * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
+            own = 2 * (weight * abs(observation.spectra[b]) ** 2).sum(dtype=np.float64)
+            correlation[b, :n] = cross / xp.sqrt(xp.maximum(power * own, np.finfo(np.float64).tiny))
+    return Candidates(rotations, shifts, correlation, count)

@@ -1,0 +1,172 @@
+"""Spherical harmonics: Y_lm at given directions, and coefficients of functions on Fourier shells.
+
+Y_lm are orthonormal with the Condon-Shortley phase (as `scipy.special.sph_harm_y`). A real function has
+c_l,-m = (-1)^m conj c_lm, so only m >= 0 is held, dense: coefficient arrays are (..., L, n_l), axes [m, l],
+zero where l < m. n_l counts the degrees in use: all l < L, or the even ones (magnitudes are point-symmetric,
+so their odd degrees vanish).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.array_backend import Array, namespace
+from faml_gpu.fourier import Support
+
+__all__ = ["ShellHarmonics", "SphereGrid", "degrees", "harmonics_at", "shell_harmonics", "sphere_grid"]
+
+STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which they are computed shell by shell, not kept
+
+
+def degrees(bandwidth: int, *, even: bool = True) -> NDArray[np.int64]:
+    """The degrees l < L in use."""
+    return np.arange(0, bandwidth, 2 if even else 1)
+
+
+def harmonics_at(directions: NDArray[np.float64], bandwidth: int, *, even: bool = True) -> NDArray[np.complex128]:
+    """Y_lm(n) for m >= 0, by the standard three-term recurrence in l of the normalised Legendre functions.
+
+    Parameters
+    ----------
+    directions : (n, 3) float64
+        Not zero; need not be unit vectors.
+    bandwidth : int
+        L; degrees l < L.
+    even : bool
+        Only even l.
+
+    Returns
+    -------
+    (L, n_l, n) complex128
+        Axes [m, l, point], 0 where l < m.
+    """
+    n = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    z = n[:, 2]
+    # sin(theta) exp(i phi) = x + i y: its m-th power carries both the phase and the factor sin^m(theta).
+    xy = n[:, 0] + 1j * n[:, 1]
+    used = degrees(bandwidth, even=even)
+    row = {int(l): i for i, l in enumerate(used)}
+    out = np.zeros((bandwidth, len(used), len(n)), np.complex128)
+    top = np.full(len(n), 1 / np.sqrt(4 * np.pi), np.complex128)
+    for m in range(bandwidth):
+        if m:
+            top = -np.sqrt((2 * m + 1) / (2 * m)) * xy * top
+        before, current = np.zeros_like(top), top
+        for l in range(m, bandwidth):
+            if l > m:
+                a = np.sqrt((4 * l * l - 1) / (l * l - m * m))
+                b = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) if l > 1 else 0.0
+                before, current = current, a * (z * current - b * before)
+            if l in row:
+                out[m, row[l]] = current
+    return out
+
+
+@dataclass(frozen=True)
+class SphereGrid:
+    """Gauss-Legendre grid of a sphere, exact for products of degree < 2L.
+
+    directions (n, 3); `analysis` (n, L * n_l) complex64: quadrature weight times conj Y_lm, so that
+    coefficients = values @ analysis.
+    """
+
+    directions: Array
+    analysis: Array
+    bandwidth: int
+
+    def coefficients(self, values: Array) -> Array:
+        """(..., L, n_l) complex coefficients of real functions (..., n) sampled at `directions`."""
+        out = values @ self.analysis
+        return out.reshape(*values.shape[:-1], self.bandwidth, -1)
+
+
+@lru_cache(maxsize=8)
+def sphere_grid(bandwidth: int, *, even: bool = True) -> SphereGrid:
+    """The grid for degrees l < L (L nodes in theta, 2L in phi)."""
+    nodes, quadrature = np.polynomial.legendre.leggauss(bandwidth)
+    phi = np.pi * np.arange(2 * bandwidth) / bandwidth
+    z, f = np.meshgrid(nodes, phi, indexing="ij")
+    sine = np.sqrt(1 - z * z)
+    directions = np.stack([sine * np.cos(f), sine * np.sin(f), z], axis=-1).reshape(-1, 3)
+    weight = np.repeat(quadrature, 2 * bandwidth) * np.pi / bandwidth
+    y = harmonics_at(directions, bandwidth, even=even).reshape(-1, len(directions))
+    return SphereGrid(directions, (y.conj() * weight).T.astype(np.complex64, order="C"), bandwidth)
+
+
+@dataclass(frozen=True)
+class ShellHarmonics:
+    """Harmonics at the voxels of a support, for p_lm(r) = sum_j f_j conj Y_lm(xi_j).
+
+    The measure is the voxels' own: with a reference whose coefficients are q_lm(r) at integer radii and which is
+    linear in between, sum_r sum_lm conj(p) q D equals the sum over voxels of f times the rotated reference, with
+    no r^2 dr to be matched. (The r^2 dr of the continuous integral is, per shell, the number of its voxels / 4 pi.)
+    """
+
+    support: Support
+    bandwidth: int
+    even: bool
+    bins: tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...]
+    tables: tuple[Array, ...] | None
+
+    def _table(self, r: int) -> Array:
+        """Real columns (voxels of bin r, 2 * L * n_l): Re and Im of conj Y_lm."""
+        voxels, _ = self.bins[r - 1]
+        y = harmonics_at(self.support.coords[voxels].astype(np.float64), self.bandwidth, even=self.even)
+        y = y.reshape(-1, len(voxels))
+        return np.concatenate([y.real, -y.imag]).T.astype(np.float32, order="C")
+
+    def coefficients(self, values: Array) -> Array:
+        """p_lm(r) of real functions given on the support.
+
+        Sums run over both voxels of each pair, f(-xi) = f(xi): the odd degrees cancel, the even ones double.
+
+        Parameters
+        ----------
+        values : (B, M) float32
+
+        Returns
+        -------
+        (B, r_max, L, n_l) complex64
+        """
+        xp = namespace(values)
+        n = self.bandwidth * len(degrees(self.bandwidth, even=self.even))
+        out = xp.zeros((len(values), self.support.r_max, 2 * n), np.float32)
+        for r in range(1, self.support.r_max + 1):
+            voxels, fraction = self.bins[r - 1]
+            table = self.tables[r - 1] if self.tables is not None else self._table(r)
+            part = values[:, voxels]
+            # A voxel between the radii r and r + 1 counts for both, as linear interpolation does.
+            out[:, r - 1] += (part * (1 - fraction)) @ table
+            if r < self.support.r_max:
+                out[:, r] += (part * fraction) @ table
+        out *= 2
+        shape = (len(values), self.support.r_max, self.bandwidth, -1)
+        return (out[..., :n] + 1j * out[..., n:]).reshape(shape)
+
+
+@lru_cache(maxsize=4)
+def _shell_harmonics(box: int, r_max: int, bandwidth: int) -> ShellHarmonics:
+    from faml_gpu.fourier import make_support
+
+    support = make_support(box, r_max)
+    radius = np.sqrt((support.coords.astype(np.float64) ** 2).sum(axis=1))
+    lower = np.minimum(np.floor(radius).astype(np.int64), r_max)
+    bins = tuple(
+        (voxels, (radius[voxels] - r).astype(np.float32))
+        for r in range(1, r_max + 1)
+        for voxels in [np.nonzero(lower == r)[0]]
+    )
+    bare = ShellHarmonics(support, bandwidth, True, bins, None)
+    size = len(support) * 2 * bandwidth * len(degrees(bandwidth)) * 4
+    if size > STREAM_ABOVE:
+        return bare
+    return ShellHarmonics(support, bandwidth, True, bins, tuple(bare._table(r) for r in range(1, r_max + 1)))
+
+
+def shell_harmonics(support: Support, bandwidth: int) -> ShellHarmonics:
+    """Even-degree harmonics at the voxels of a support (kept, as long as they fit, for later calls)."""
+    return _shell_harmonics(support.box, support.r_max, bandwidth)

@@ -1,0 +1,55 @@
+"""Rotational correlation on SO(3) by GEMM and FFT, for a batch of particles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from faml_gpu.array_backend import Array, fft_module, namespace
+from faml_gpu.fast_alignment.wigner import small_d_table
+
+__all__ = ["correlate", "grid_angles"]
+
+
+def correlate(p: Array, q: Array) -> Array:
+    """c(R) = sum_j f_j g(R^-1 xi_j) at every rotation of the Euler grid.
+
+    With T^l_mm' = sum_r p_lm(r) conj q_lm'(r),
+    c(alpha, beta, gamma) = sum_lmm' T^l_mm' d^l_mm'(beta) exp(i m alpha) exp(i m' gamma):
+    a GEMM over the shells, one over l, and an inverse FFT over (m, m').
+
+    Parameters
+    ----------
+    p : (B, r_max, L, n_l) complex64
+        Of f, from `harmonics.ShellHarmonics`.
+    q : (r_max, L, n_l) complex64
+        Of g, at the same radii.
+
+    Returns
+    -------
+    (B, 2L, 2L, 2L) float32
+        Axes [b, beta, gamma, alpha] at `grid_angles(L)`.
+    """
+    xp = namespace(p)
+    b, r, l_max, n_l = p.shape
+    m = np.arange(-l_max + 1, l_max)
+    # q_l,m' for m' < 0 by c_l,-m = (-1)^m conj c_lm.
+    full = q[:, abs(m)]
+    sign = xp.asarray(np.where(m % 2 == 0, 1, -1).astype(np.float32))[: l_max - 1, None]
+    full[:, : l_max - 1] = sign * full[:, : l_max - 1].conj()
+    t = xp.ascontiguousarray(p.transpose(3, 0, 2, 1)).reshape(n_l, b * l_max, r) @ full.conj().transpose(2, 0, 1)
+    # d is real: the complex T goes through one real GEMM with (particle, Re/Im) as columns.
+    t = xp.ascontiguousarray(t.reshape(n_l, b, l_max, 2 * l_max - 1).transpose(2, 3, 0, 1)).view(np.float32)
+    d = xp.asarray(small_d_table(l_max, 2 * l_max))
+    s = (d @ t).view(np.complex64)  # (m, m', beta, b)
+    n = 2 * l_max
+    spectrum = xp.zeros((b, n, n, l_max + 1), np.complex64)
+    spectrum[:, :, m % n, :l_max] = s.transpose(3, 2, 1, 0)
+    return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward")
+
+
+def grid_angles(bandwidth: int) -> tuple[Any, Any]:
+    """beta (2L,) and alpha = gamma (2L,) of the grid, radians; no point lies on a pole."""
+    n = 2 * bandwidth
+    return np.pi * (np.arange(n) + 0.5) / n, 2 * np.pi * np.arange(n) / n

@@ -1,0 +1,159 @@
+"""Fourier volumes: the active support S, transforms about the box centre, and grids to interpolate in.
+
+All transforms are unscaled DFTs with the box centre (voxel N//2) as origin. A real volume's transform is
+Hermitian, so S is held as a list of half its voxels, one of each pair (xi, -xi): a sum over S is twice the
+sum over the list. r_max <= ceil(N/2) - 1 keeps the Nyquist planes, which have no partner, out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.array_backend import Array, fft_module, namespace
+
+__all__ = ["Support", "full_band", "interpolation_grid", "inverse_transform", "make_support", "transform", "weight_grid"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """The active support 0 < |xi| <= r_max of a box of N voxels, as M of its 2M voxels, sorted by shell.
+
+    Attributes
+    ----------
+    box, r_max : N and r_max
+    coords : (M, 3) int32, xi = (x, y, z)
+    shell : (M,) int32, |xi| rounded, 1 .. r_max
+    shell_start : (r_max + 2,) int64; shell s is the slice shell_start[s] : shell_start[s + 1]
+    index : (M,) int64, flat index of xi in an rfftn array (N, N, N//2 + 1)
+    """
+
+    box: int
+    r_max: int
+    coords: Array
+    shell: Array
+    shell_start: NDArray[np.int64]
+    index: Array
+
+    def __len__(self) -> int:
+        return len(self.shell)
+
+    def gather(self, spectrum: Array) -> Array:
+        """Values (..., M) on the list, from rfftn arrays (..., N, N, N//2 + 1)."""
+        return namespace(spectrum).take(spectrum.reshape(*spectrum.shape[:-3], -1), self.index, axis=-1)
+
+    def scatter(self, values: Array) -> Array:
+        """rfftn arrays (..., N, N, N//2 + 1), zero off S, from values (..., M) on the list."""
+        xp = namespace(values)
+        n = self.box
+        flat = xp.zeros((*values.shape[:-1], n * n * (n // 2 + 1)), values.dtype)
+        flat[..., self.index] = values
+        # In the plane kx = 0 both voxels of a pair are stored.
+        plane = xp.nonzero(self.coords[:, 0] == 0)[0]
+        y, z = -self.coords[plane, 1] % n, -self.coords[plane, 2] % n
+        flat[..., (z * n + y) * (n // 2 + 1)] = values[..., plane].conj()
+        return flat.reshape(*values.shape[:-1], n, n, n // 2 + 1)
+
+    def shell_sums(self, values: Array) -> Array:
+        """Sums (..., r_max + 1) over the voxels of S in each shell (both of each pair), float64."""
+        xp = namespace(values)
+        out = xp.zeros((*values.shape[:-1], self.r_max + 1), np.float64)
+        for s in range(1, self.r_max + 1):
+            part = values[..., self.shell_start[s] : self.shell_start[s + 1]]
+            out[..., s] = 2 * part.sum(axis=-1, dtype=np.float64)
+        return out
+
+
+def full_band(box: int) -> int:
+    """Largest r_max of a box: ceil(N/2) - 1."""
+    return (box + 1) // 2 - 1
+
+
+def make_support(box: int, r_max: int) -> Support:
+    """The active support of a box of N voxels.
+
+    Raises
+    ------
+    ValueError
+        unless 1 <= r_max <= ceil(N/2) - 1.
+    """
+    if not 1 <= r_max <= full_band(box):
+        raise ValueError(f"r_max: found {r_max}, expected 1 to {full_band(box)} for a box of {box}")
+    k = np.arange(-r_max, r_max + 1)
+    z, y, x = np.meshgrid(k, k, np.arange(r_max + 1), indexing="ij")
+    # Of each pair (xi, -xi): x > 0, or x = 0 and (y > 0, or y = 0 and z > 0).
+    half = (x > 0) | (y > 0) | ((y == 0) & (z > 0))
+    half &= ~((x == 0) & (y < 0)) & (x * x + y * y + z * z <= r_max * r_max)
+    coords = np.stack([x[half], y[half], z[half]], axis=1).astype(np.int32)
+    shell = np.rint(np.sqrt((coords.astype(np.float64) ** 2).sum(axis=1))).astype(np.int32)
+    order = np.argsort(shell, kind="stable")
+    coords, shell = np.ascontiguousarray(coords[order]), np.ascontiguousarray(shell[order])
+    start = np.searchsorted(shell, np.arange(r_max + 2)).astype(np.int64)
+    wide = coords.astype(np.int64) % box
+    index = (wide[:, 2] * box + wide[:, 1]) * (box // 2 + 1) + coords[:, 0]
+    return Support(box, r_max, coords, shell, start, index)
+
+
+def transform(volumes: Array) -> Array:
+    """Unscaled DFT (..., N, N, N//2 + 1) of real volumes (..., N, N, N), origin at the box centre."""
+    xp = namespace(volumes)
+    axes = (-3, -2, -1)
+    return fft_module(volumes).rfftn(xp.fft.ifftshift(volumes, axes=axes), axes=axes)
+
+
+def inverse_transform(spectra: Array, box: int) -> Array:
+    """Real volumes (..., N, N, N) from `transform`'s output."""
+    xp = namespace(spectra)
+    axes = (-3, -2, -1)
+    return xp.fft.fftshift(fft_module(spectra).irfftn(spectra, s=(box,) * 3, axes=axes), axes=axes)
+
+
+def interpolation_grid(volumes: Array, r_max: int, padding: int, *, compensate: bool = True) -> Array:
+    """Padded, centred half transforms to interpolate in, cropped to what |xi| <= r_max can reach.
+
+    Zero padding by `padding` refines the Fourier grid; dividing the volume by the transform of the
+    trilinear kernel (sinc^2 along each axis) beforehand makes up for the kernel's attenuation. Volumes
+    should be masked: what lies near the border of the box interpolates worst.
+
+    Parameters
+    ----------
+    volumes : (..., N, N, N) float32 or float64
+    r_max : int, Fourier voxels of the box
+    padding : int
+    compensate : bool
+        False leaves lattice rotations (90 degrees) exact at padding 1.
+
+    Returns
+    -------
+    (..., 2c + 1, 2c + 1, c + 1) complex64 or complex128
+        c = padding * r_max + 1; axes [kz + c, ky + c, kx], in steps of 1 / padding Fourier voxel.
+    """
+    xp = namespace(volumes)
+    n = volumes.shape[-1]
+    size = n * padding
+    if compensate:
+        line = xp.sinc((xp.arange(n) - n // 2) / size) ** 2
+        kernel = line[:, None, None] * line[:, None] * line
+        volumes = volumes / kernel.astype(volumes.dtype)
+    before = size // 2 - n // 2
+    pad = (before, size - n - before)
+    padded = xp.pad(volumes, [(0, 0)] * (volumes.ndim - 3) + [pad] * 3)
+    return _crop(transform(padded), padding * r_max + 1)
+
+
+def weight_grid(weights: Array, r_max: int) -> Array:
+    """Centred half grids (..., 2c + 1, 2c + 1, c + 1), c = r_max + 1, of weights (..., N, N, N//2 + 1)."""
+    return _crop(weights, r_max + 1)
+
+
+def _crop(spectra: Array, c: int) -> Array:
+    """Centred half grid of half-width c; what lies beyond the stored band (padding 1 only) is 0."""
+    xp = namespace(spectra)
+    n = spectra.shape[-3]
+    width = min(c, spectra.shape[-1] - 1) + 1
+    take = xp.arange(-c, c + 1) % n
+    out = xp.zeros((*spectra.shape[:-3], 2 * c + 1, 2 * c + 1, c + 1), spectra.dtype)
+    out[..., :width] = spectra[..., take[:, None], take[None, :], :width]
+    return out

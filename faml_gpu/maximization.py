@@ -1,0 +1,201 @@
+"""Step 3, maximization: new class averages, proportions, noise and shift widths (Eq. 10-13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import ops
+from faml_gpu.array_backend import Array, namespace, step, to_host
+from faml_gpu.data import Posterior
+from faml_gpu.expectation import BatchPosterior
+from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, weight_grid
+
+__all__ = [
+    "Accumulators",
+    "covered",
+    "direct_average",
+    "new_sigma2",
+    "new_zeta",
+    "noise_sums",
+    "rotate_back",
+    "update_average",
+]
+
+# A voxel seen by less than this share of a class's particles is not divided by its coverage but by this share:
+# it fades out instead of blowing up noise.
+COVERAGE_FLOOR = 0.02
+ZETA_FLOOR = 0.5  # voxels: a width of 0 could never grow again
+SIGMA2_FLOOR = 1e-6  # of the mean over shells
+
+
+@dataclass
+class Accumulators:
+    """Additive sums an E-step over any part of the particles leaves; `merge` adds in a fixed order.
+
+    sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w;
+    mass (K,): sum of P; residual, observed (r_max + 1,): sum of P w^2 |X - RA|^2 and of w^2 per Fourier shell;
+    shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; n: particles.
+    """
+
+    sums: NDArray[np.complex128]
+    weights: NDArray[np.float64]
+    mass: NDArray[np.float64]
+    residual: NDArray[np.float64]
+    observed: NDArray[np.float64]
+    shift2: float
+    log_evidence: float
+    n: int
+
+    @classmethod
+    def zero(cls, n_classes: int, n_voxels: int, r_max: int) -> Accumulators:
+        """Sums over no particle."""
+        return cls(
+            np.zeros((n_classes, n_voxels), np.complex128),
+            np.zeros((n_classes, n_voxels)),
+            np.zeros(n_classes),
+            np.zeros(r_max + 1),
+            np.zeros(r_max + 1),
+            0.0,
+            0.0,
+            0,
+        )
+
+    def merge(self, other: Accumulators) -> None:
+        """Add the sums of another part."""
+        self.sums += other.sums
+        self.weights += other.weights
+        self.mass += other.mass
+        self.residual += other.residual
+        self.observed += other.observed
+        self.shift2 += other.shift2
+        self.log_evidence += other.log_evidence
+        self.n += other.n
+
+
+def rotate_back(
+    spectra: Array,
+    weights: Array,
+    weight_index: Array,
+    mask: Array | None,
+    posterior: BatchPosterior | Posterior,
+    support: Support,
+    padding: int,
+    n_classes: int,
+    *,
+    weigh_twice: bool = False,
+    compensate: bool = True,
+) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+    """Sums of P R^-1(w X) and P R^-1 w over a batch, per class, on `support`, with w^2 for w (same for 0 and 1).
+
+    The likelihood weighs residuals by w^2, so its maximum over A does too: with a w between 0 and 1, Eq. 10 as
+    printed would not be the maximisation step of Eq. 15. The product w X is interpolated once: X is already masked
+    by the wedge, so interpolating w and w X apart and multiplying (`weigh_twice`, Eq. 10 as printed) weighs the
+    wedge's edge twice.
+
+    Parameters
+    ----------
+    spectra : (B, N, N, N//2 + 1) complex64
+        Transforms of the particles.
+    weights : (W, N, N, N//2 + 1) float32; weight_index : (B,) int64
+    mask : (N, N, N) float32 or None
+        Applied to w X in real space before padding.
+    posterior
+        Its `particle` indexes the batch.
+    """
+    xp = namespace(spectra)
+    with step("rotate back"):
+        squared = weights**2
+        volumes = inverse_transform(spectra * squared[weight_index], support.box)
+        if mask is not None:
+            volumes *= mask
+        grids = interpolation_grid(volumes, support.r_max, padding, compensate=compensate)
+        sums, weight_sums = ops.accumulate(
+            grids,
+            weight_grid(squared, support.r_max),
+            weight_index,
+            xp.asarray(posterior.particle),
+            xp.asarray(posterior.class_index),
+            xp.asarray(posterior.rotations),
+            xp.asarray(posterior.shifts),
+            xp.asarray(posterior.probability),
+            support,
+            padding,
+            n_classes,
+            weigh_twice=weigh_twice,
+        )
+        return to_host(sums), to_host(weight_sums)
+
+
+def noise_sums(
+    posterior: BatchPosterior, weights: Array, weight_index: Array, support: Support
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per Fourier shell: sum of P w^2 |X - RA|^2, and of w^2 (observed voxels), over a batch."""
+    observed = to_host(support.shell_sums(weights**2))[to_host(weight_index)].sum(axis=0)
+    return posterior.probability @ posterior.residual, observed
+
+
+def update_average(
+    sums: NDArray[np.complex128],
+    weights: NDArray[np.float64],
+    mass: NDArray[np.float64],
+    old: NDArray[np.complex64] | NDArray[np.complex128],
+    inside: NDArray[np.bool_],
+) -> NDArray[np.complex128]:
+    """New class averages (K, M) on the output support (Eq. 10).
+
+    Inside the active support the missing part is filled by the old average,
+    A = sum P [R^-1(w X) + (1 - R^-1 w) A_old] / sum P. Outside it no A_old took part in the E-step: there A is the
+    average divided by its coverage. A class without mass keeps its old average.
+
+    Parameters
+    ----------
+    sums, weights : (K, M); mass : (K,)
+    old : (K, M)
+        Old averages on the output support.
+    inside : (M,) bool
+        Voxels of the active support.
+    """
+    new = direct_average(sums, weights, mass)
+    for k in np.nonzero(mass > 0)[0]:
+        filled = (sums[k] + (mass[k] - weights[k]) * old[k]) / mass[k]
+        new[k, inside] = filled[inside]
+    for k in np.nonzero(mass <= 0)[0]:
+        new[k] = old[k]
+    return new
+
+
+def direct_average(
+    sums: NDArray[np.complex128], weights: NDArray[np.float64], mass: NDArray[np.float64]
+) -> NDArray[np.complex128]:
+    """Wedge-weighted averages, sum P R^-1(w X) / sum P R^-1 w, where the floor on the coverage allows."""
+    floor = np.maximum(COVERAGE_FLOOR * mass, np.finfo(np.float64).tiny)[:, None]
+    return sums / np.maximum(weights, floor)
+
+
+def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of each class's Fourier voxels that were observed at all, (K,)."""
+    return np.asarray((weights > COVERAGE_FLOOR * np.maximum(mass, np.finfo(np.float64).tiny)[:, None]).mean(axis=1))
+
+
+def new_sigma2(
+    residual: NDArray[np.float64], observed: NDArray[np.float64], old: NDArray[np.float64], *, per_shell: bool
+) -> NDArray[np.float64]:
+    """Noise variance per Fourier shell (Eq. 12); shells without an observed voxel keep the old value.
+
+    residual, observed (r_max + 1,); old (S,). A single sigma is the same value on all S shells.
+    """
+    new = old.copy()
+    if not per_shell:
+        new[:] = residual.sum() / max(observed.sum(), 1.0)
+    else:
+        seen = np.nonzero(observed > 0)[0]
+        new[seen] = residual[seen] / observed[seen]
+    return np.maximum(new, max(SIGMA2_FLOOR * new[1:].mean(), np.finfo(np.float64).tiny))
+
+
+def new_zeta(shift2: float, n: int) -> float:
+    """Standard deviation of the shifts along an axis, voxels (Eq. 13), not under half a voxel."""
+    return max(float(np.sqrt(shift2 / (3 * n))), ZETA_FLOOR)

@@ -1,0 +1,9 @@
+"""The heavy loops: array in, array out. NumPy arrays go to the CPU twin, CuPy arrays to the CUDA twin."""
+
+from faml_gpu.ops.accumulate import accumulate
+from faml_gpu.ops.assign import assign
+from faml_gpu.ops.peaks import peaks
+from faml_gpu.ops.residual import residual
+from faml_gpu.ops.rotate import rotate
+
+__all__ = ["accumulate", "assign", "peaks", "residual", "rotate"]

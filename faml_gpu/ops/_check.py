@@ -1,0 +1,28 @@
+"""Checks of the arrays handed to an operation: a compiled loop or a kernel validates nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from faml_gpu.array_backend import Array
+
+__all__ = ["real_view", "require"]
+
+
+def require(array: Array, name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
+    """Refuse an array of another dtype or shape (None: any length), or one that is not C-contiguous."""
+    if array.dtype != np.dtype(dtype):
+        raise TypeError(f"{name}: found dtype {array.dtype}, expected {np.dtype(dtype)}")
+    if array.ndim != len(shape) or any(e is not None and e != f for e, f in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name}: found shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: expected a C-contiguous array")
+
+
+def real_view(array: Array) -> Array:
+    """Complex (...,) as real (..., 2), without a copy."""
+    if array.dtype.kind != "c" or not array.flags.c_contiguous:
+        raise TypeError(f"expected a C-contiguous complex array, found {array.dtype}")
+    return array.view(array.real.dtype).reshape(*array.shape, 2)

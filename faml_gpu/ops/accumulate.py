@@ -1,0 +1,163 @@
+"""Sums of the M-step (Eq. 10): particles rotated back into the frame of the averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from faml_gpu.array_backend import Array, twin
+from faml_gpu.fourier import Support
+from faml_gpu.ops._check import real_view, require
+from faml_gpu.ops._trilinear import sample_complex, sample_real
+
+__all__ = ["accumulate"]
+
+BLOCK = 256  # output voxels a task of the CPU loop owns
+
+
+def accumulate(
+    grids: Array,
+    weight_grids: Array,
+    weight_index: Array,
+    particle: Array,
+    class_index: Array,
+    rotations: Array,
+    shifts: Array,
+    probability: Array,
+    support: Support,
+    padding: int,
+    n_classes: int,
+    *,
+    weigh_twice: bool = False,
+) -> tuple[Array, Array]:
+    """Sum of P R^-1(w X) and of P R^-1 w per class, over a list of (particle, class, pose) entries.
+
+    (R^-1 X)(xi) = X(R xi) exp(2 pi i (R xi).t / N). Each output voxel gathers its samples in the order of
+    the list, so the sums do not depend on the number of threads.
+
+    Parameters
+    ----------
+    grids : (B, 2c + 1, 2c + 1, c + 1) complex
+        The weighted particles w X, from `fourier.interpolation_grid`.
+    weight_grids : (W, 2d + 1, 2d + 1, d + 1) real
+        From `fourier.weight_grid`; particle b has row weight_index[b].
+    weight_index : (B,) int64
+    particle, class_index : (n,) int64
+    rotations : (n, 3, 3) float64
+    shifts : (n, 3) float64, voxels
+    probability : (n,) float64
+    support : Support
+        Where the sums are wanted.
+    padding : int
+        Of `grids`.
+    n_classes : int
+    weigh_twice : bool
+        Sum R^-1 w R^-1(w X), the product of two interpolants, as Eq. 10 is printed.
+
+    Returns
+    -------
+    sums : (K, M) complex128
+    weight_sums : (K, M) float64
+    """
+    n = len(particle)
+    require(weight_index, "weight_index", np.int64, (len(grids),))
+    require(particle, "particle", np.int64, (n,))
+    require(class_index, "class_index", np.int64, (n,))
+    require(rotations, "rotations", np.float64, (n, 3, 3))
+    require(shifts, "shifts", np.float64, (n, 3))
+    require(probability, "probability", np.float64, (n,))
+    return twin(_accumulate_cpu, None, grids)(
+        grids,
+        weight_grids,
+        weight_index,
+        particle,
+        class_index,
+        rotations,
+        shifts,
+        probability,
+        support,
+        padding,
+        n_classes,
+        weigh_twice,
+    )
+
+
+def _accumulate_cpu(
+    grids: Array,
+    weight_grids: Array,
+    weight_index: Array,
+    particle: Array,
+    class_index: Array,
+    rotations: Array,
+    shifts: Array,
+    probability: Array,
+    support: Support,
+    padding: int,
+    n_classes: int,
+    weigh_twice: bool,
+) -> tuple[Array, Array]:
+    real = real_view(grids)
+    sums = np.zeros((n_classes, len(support)), np.complex128)
+    weight_sums = np.zeros((n_classes, len(support)))
+    # (R xi).t = xi.(R^T t): with the shift turned into the frame of the average, the phase has lattice tables again.
+    turned = np.einsum("nji,nj->ni", rotations, shifts)
+    k = np.arange(-support.r_max, support.r_max + 1)
+    phase = np.exp(2j * np.pi / support.box * turned[:, :, None] * k)
+    _accumulate_loop(
+        real,
+        weight_grids,
+        weight_index,
+        particle,
+        class_index,
+        rotations.astype(real.dtype),
+        real.dtype.type(padding),
+        phase.astype(grids.dtype),
+        probability,
+        support.coords,
+        support.r_max,
+        weigh_twice,
+        sums,
+        weight_sums,
+    )
+    return sums, weight_sums
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+def _accumulate_loop(
+    grids: Any,
+    weight_grids: Any,
+    weight_index: Any,
+    particle: Any,
+    class_index: Any,
+    rotations: Any,
+    padding: Any,
+    phase: Any,
+    probability: Any,
+    coords: Any,
+    r_max: int,
+    weigh_twice: bool,
+    sums: Any,
+    weight_sums: Any,
+) -> None:
+    c = grids.shape[3] - 1
+    d = weight_grids.shape[3] - 1
+    m = coords.shape[0]
+    for block in numba.prange((m + BLOCK - 1) // BLOCK):
+        for e in range(particle.shape[0]):
+            b, k = particle[e], class_index[e]
+            grid, weight = grids[b], weight_grids[weight_index[b]]
+            r, p, table = rotations[e], probability[e], phase[e]
+            for j in range(block * BLOCK, min((block + 1) * BLOCK, m)):
+                kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
+                x = r[0, 0] * kx + r[0, 1] * ky + r[0, 2] * kz
+                y = r[1, 0] * kx + r[1, 1] * ky + r[1, 2] * kz
+                z = r[2, 0] * kx + r[2, 1] * ky + r[2, 2] * kz
+                w = sample_real(weight, d, x, y, z)
+                re, im = sample_complex(grid, c, x * padding, y * padding, z * padding)
+                value = complex(re, im) * (table[0, kx + r_max] * table[1, ky + r_max] * table[2, kz + r_max])
+                if weigh_twice:
+                    value *= w
+                sums[k, j] += p * value
+                weight_sums[k, j] += p * w

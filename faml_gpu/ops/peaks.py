@@ -1,0 +1,161 @@
+"""Local maxima of a function on the SO(3) grid, refined off the grid, the best n of each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from faml_gpu.array_backend import Array, twin
+
+__all__ = ["peaks"]
+
+
+def peaks(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Array]:
+    """The best n local maxima of each of B functions on the Euler grid of `fast_alignment.so3`.
+
+    A grid point is a local maximum among its 26 neighbours; alpha and gamma wrap around, and across a pole the
+    neighbour of (alpha, beta, gamma) is (alpha + pi, -beta, gamma + pi). Each is moved to the vertex of the
+    quadratic through its neighbourhood. Maxima closer than `merge_angle` to a better one are dropped: near a
+    pole only alpha +- gamma counts, so one rotation shows as many grid points.
+
+    Parameters
+    ----------
+    scores : (B, n_beta, n_gamma, n_alpha) float32 or float64
+        At beta_j = pi (j + 1/2) / n_beta, alpha and gamma = 2 pi k / n_alpha; n_alpha = n_gamma even.
+    n : int
+    merge_angle : float, degrees
+
+    Returns
+    -------
+    angles : (B, n, 3) float64
+        alpha, beta, gamma in radians, best first.
+    values : (B, n) float64
+    count : (B,) int64
+        How many there are; the rest of a row is 0.
+    """
+    if scores.ndim != 4 or scores.shape[2] != scores.shape[3] or scores.shape[3] % 2:
+        raise ValueError(f"scores: found shape {scores.shape}, expected (B, n_beta, n_alpha, n_alpha), n_alpha even")
+    if scores.dtype not in (np.float32, np.float64) or not scores.flags.c_contiguous:
+        raise TypeError(f"scores: expected C-contiguous float32 or float64, found {scores.dtype}")
+    return twin(_peaks_cpu, None, scores)(scores, n, merge_angle)
+
+
+def _peaks_cpu(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Array]:
+    b = len(scores)
+    angles, values, count = np.zeros((b, n, 3)), np.zeros((b, n)), np.zeros(b, np.int64)
+    # Two rotations at least this alike (trace of R1^T R2) are the same candidate.
+    merge_trace = 1 + 2 * np.cos(np.deg2rad(merge_angle))
+    _peaks_loop(scores, merge_trace, angles, values, count)
+    return angles, values, count
+
+
+@numba.njit(cache=True)
+def _at(score: Any, j: int, g: int, a: int) -> Any:
+    nb, na = score.shape[0], score.shape[2]
+    if j < 0 or j >= nb:
+        j = -1 - j if j < 0 else 2 * nb - 1 - j
+        g += na // 2
+        a += na // 2
+    return score[j, g % na, a % na]
+
+
+@numba.njit(cache=True)
+def _is_peak(score: Any, j: int, g: int, a: int) -> bool:
+    value = score[j, g, a]
+    for dj in range(-1, 2):
+        for dg in range(-1, 2):
+            for da in range(-1, 2):
+                if dj == 0 and dg == 0 and da == 0:
+                    continue
+                other = _at(score, j + dj, g + dg, a + da)
+                # Of a plateau the first point counts.
+                before = dj < 0 or (dj == 0 and (dg < 0 or (dg == 0 and da < 0)))
+                if other > value or (before and other == value):
+                    return False
+    return True
+
+
+@numba.njit(cache=True)
+def _vertex(score: Any, j: int, g: int, a: int, offset: Any) -> float:
+    """Vertex of the quadratic through the neighbourhood: fills offset (beta, gamma, alpha steps), returns its height."""
+    v = np.empty((3, 3, 3))
+    for dj in range(3):
+        for dg in range(3):
+            for da in range(3):
+                v[dj, dg, da] = _at(score, j + dj - 1, g + dg - 1, a + da - 1)
+    centre = v[1, 1, 1]
+    gradient, hessian = np.empty(3), np.empty((3, 3))
+    gradient[0] = (v[2, 1, 1] - v[0, 1, 1]) / 2
+    gradient[1] = (v[1, 2, 1] - v[1, 0, 1]) / 2
+    gradient[2] = (v[1, 1, 2] - v[1, 1, 0]) / 2
+    hessian[0, 0] = v[2, 1, 1] + v[0, 1, 1] - 2 * centre
+    hessian[1, 1] = v[1, 2, 1] + v[1, 0, 1] - 2 * centre
+    hessian[2, 2] = v[1, 1, 2] + v[1, 1, 0] - 2 * centre
+    hessian[0, 1] = (v[2, 2, 1] - v[2, 0, 1] - v[0, 2, 1] + v[0, 0, 1]) / 4
+    hessian[0, 2] = (v[2, 1, 2] - v[2, 1, 0] - v[0, 1, 2] + v[0, 1, 0]) / 4
+    hessian[1, 2] = (v[1, 2, 2] - v[1, 2, 0] - v[1, 0, 2] + v[1, 0, 0]) / 4
+    hessian[1, 0], hessian[2, 0], hessian[2, 1] = hessian[0, 1], hessian[0, 2], hessian[1, 2]
+    minor = hessian[0, 0] * hessian[1, 1] - hessian[0, 1] ** 2
+    det = np.linalg.det(hessian)
+    offset[:] = 0.0
+    concave = hessian[0, 0] < 0 and minor > 0 and det < 0
+    if concave and det < 1e-6 * hessian[0, 0] * hessian[1, 1] * hessian[2, 2]:
+        offset[:] = -np.linalg.solve(hessian, gradient)
+    if not concave or np.abs(offset).max() > 1.0:
+        # A ridge (as at the poles) or a saddle: one axis at a time.
+        for axis in range(3):
+            offset[axis] = 0.0
+            if hessian[axis, axis] < 0:
+                offset[axis] = min(0.5, max(-0.5, -gradient[axis] / hessian[axis, axis]))
+        return centre
+    height: float = centre + 0.5 * (gradient * offset).sum()
+    return height
+
+
+@numba.njit(cache=True)
+def _rotation(alpha: float, beta: float, gamma: float, out: Any) -> None:
+    ca, sa, cb, sb, cc, sc = np.cos(alpha), np.sin(alpha), np.cos(beta), np.sin(beta), np.cos(gamma), np.sin(gamma)
+    out[0], out[1], out[2] = ca * cb * cc - sa * sc, -ca * cb * sc - sa * cc, ca * sb
+    out[3], out[4], out[5] = sa * cb * cc + ca * sc, -sa * cb * sc + ca * cc, sa * sb
+    out[6], out[7], out[8] = -sb * cc, sb * sc, cb
+
+
+@numba.njit(parallel=True, cache=True)
+def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count: Any) -> None:
+    nb, na = scores.shape[1], scores.shape[3]
+    n = angles.shape[1]
+    for b in numba.prange(scores.shape[0]):
+        score = scores[b]
+        found = [(0, 0, 0) for _ in range(0)]
+        heights = [score[0, 0, 0] for _ in range(0)]
+        for j in range(nb):
+            for g in range(na):
+                for a in range(na):
+                    if _is_peak(score, j, g, a):
+                        found.append((j, g, a))
+                        heights.append(-score[j, g, a])
+        order = np.argsort(np.array(heights), kind="mergesort")
+        kept = np.empty((n, 9))
+        matrix, offset = np.empty(9), np.empty(3)
+        for candidate in order:
+            j, g, a = found[candidate]
+            height = _vertex(score, j, g, a, offset)
+            alpha = 2 * np.pi * (a + offset[2]) / na
+            beta = np.pi * (j + 0.5 + offset[0]) / nb
+            gamma = 2 * np.pi * (g + offset[1]) / na
+            _rotation(alpha, beta, gamma, matrix)
+            new = True
+            for i in range(count[b]):
+                if (kept[i] * matrix).sum() > merge_trace:
+                    new = False
+                    break
+            if new:
+                i = count[b]
+                kept[i] = matrix
+                angles[b, i, 0], angles[b, i, 1], angles[b, i, 2] = alpha, beta, gamma
+                values[b, i] = height
+                count[b] += 1
+                if count[b] == n:
+                    break

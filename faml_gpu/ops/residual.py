@@ -1,0 +1,148 @@
+"""Masked residual sums of the E-step, fused: rotate, shift, subtract, weigh, square, reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from faml_gpu.array_backend import Array, twin
+from faml_gpu.fourier import Support
+from faml_gpu.ops._check import real_view, require
+from faml_gpu.ops._trilinear import sample_complex
+
+__all__ = ["residual"]
+
+
+def residual(
+    grid: Array,
+    spectra: Array,
+    weights: Array,
+    weight_index: Array,
+    rotations: Array,
+    shifts: Array,
+    count: Array,
+    support: Support,
+    padding: int,
+) -> Array:
+    """Sum over each Fourier shell s of S of w^2 |X(xi) - A(R^T xi) exp(-2 pi i xi.t / N)|^2 (exponent of Eq. 15).
+
+    Parameters
+    ----------
+    grid : (2c + 1, 2c + 1, c + 1) complex
+        The class average, from `fourier.interpolation_grid`.
+    spectra : (B, M) complex, dtype of `grid`
+        The particles on the support.
+    weights : (W, M) real
+        Fourier weights on the support; particle b has row weight_index[b].
+    weight_index : (B,) int64
+    rotations : (B, n, 3, 3) float64
+    shifts : (B, n, 3) float64, voxels
+    count : (B,) int64
+        Particle b has the poses [: count[b]]; the rest is left 0.
+    support : Support
+    padding : int
+        Of the grid.
+
+    Returns
+    -------
+    (B, n, r_max + 1) float64
+        Both voxels of each pair (xi, -xi) counted: the sum over s is the sum over the full Fourier volume.
+    """
+    b, n = rotations.shape[:2]
+    m = len(support)
+    require(spectra, "spectra", grid.dtype, (b, m))
+    require(weights, "weights", grid.real.dtype, (None, m))
+    require(weight_index, "weight_index", np.int64, (b,))
+    require(rotations, "rotations", np.float64, (b, n, 3, 3))
+    require(shifts, "shifts", np.float64, (b, n, 3))
+    require(count, "count", np.int64, (b,))
+    return twin(_residual_cpu, None, grid)(
+        grid, spectra, weights, weight_index, rotations, shifts, count, support, padding
+    )
+
+
+def _residual_cpu(
+    grid: Array,
+    spectra: Array,
+    weights: Array,
+    weight_index: Array,
+    rotations: Array,
+    shifts: Array,
+    count: Array,
+    support: Support,
+    padding: int,
+) -> Array:
+    real = real_view(grid)
+    out = np.zeros((*rotations.shape[:2], support.r_max + 1))
+    _residual_loop(
+        real,
+        real_view(spectra),
+        weights,
+        weight_index,
+        rotations.astype(real.dtype) * real.dtype.type(padding),
+        shifts,
+        count,
+        support.coords,
+        support.shell_start,
+        support.box,
+        support.r_max,
+        out,
+    )
+    return out
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+def _residual_loop(
+    grid: Any,
+    spectra: Any,
+    weights: Any,
+    weight_index: Any,
+    rotations: Any,
+    shifts: Any,
+    count: Any,
+    coords: Any,
+    shell_start: Any,
+    box: int,
+    r_max: int,
+    out: Any,
+) -> None:
+    c = grid.shape[2] - 1
+    n = rotations.shape[1]
+    for task in numba.prange(rotations.shape[0] * n):
+        b, i = task // n, task % n
+        if i >= count[b]:
+            continue
+        r = rotations[b, i]
+        # exp(-2 pi i k t / N) per axis: xi is on the lattice, so the phase is a product of three table entries.
+        phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
+        for axis in range(3):
+            for k in range(-r_max, r_max + 1):
+                angle = -2 * np.pi * k * shifts[b, i, axis] / box
+                phase[axis, k + r_max, 0] = np.cos(angle)
+                phase[axis, k + r_max, 1] = np.sin(angle)
+        x_particle, w_particle = spectra[b], weights[weight_index[b]]
+        for s in range(1, r_max + 1):
+            total = 0.0
+            for j in range(shell_start[s], shell_start[s + 1]):
+                w = w_particle[j]
+                if w == 0:
+                    continue
+                kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
+                re, im = sample_complex(
+                    grid,
+                    c,
+                    r[0, 0] * kx + r[1, 0] * ky + r[2, 0] * kz,
+                    r[0, 1] * kx + r[1, 1] * ky + r[2, 1] * kz,
+                    r[0, 2] * kx + r[1, 2] * ky + r[2, 2] * kz,
+                )
+                ax, bx = phase[0, kx + r_max, 0], phase[0, kx + r_max, 1]
+                ay, by = phase[1, ky + r_max, 0], phase[1, ky + r_max, 1]
+                az, bz = phase[2, kz + r_max, 0], phase[2, kz + r_max, 1]
+                axy, bxy = ax * ay - bx * by, ax * by + bx * ay
+                pr, pi = axy * az - bxy * bz, axy * bz + bxy * az
+                dr = w * (x_particle[j, 0] - (re * pr - im * pi))
+                di = w * (x_particle[j, 1] - (re * pi + im * pr))
+                total += dr * dr + di * di
+            out[b, i, s] = 2 * total

@@ -1,0 +1,105 @@
+"""Every choice of a run, and what the presets `default` and `paper` mean by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from faml_gpu.errors import InputError
+
+__all__ = ["PRESETS", "Options", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The choices that tell the presets apart (DESIGN section 3).
+
+    Attributes
+    ----------
+    magnitudes : "centred" subtracts the mean of |X| per shell over the observed voxels, "plain" does not
+    noise : one variance per Fourier "shell", or a "single" one
+    band : r_max "growing" over the first 60 % of the iterations, or "full" from the start
+    measure : rotations of the Voronoi points from "haar" or uniform "euler" angles
+    update : Eq. 10 with the "product" w X interpolated once, or "printed" (w and w X interpolated apart)
+    bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
+    """
+
+    magnitudes: Literal["centred", "plain"]
+    noise: Literal["shell", "single"]
+    band: Literal["growing", "full"]
+    measure: Literal["haar", "euler"]
+    update: Literal["product", "printed"]
+    bandwidth: Literal["rule", "fixed"]
+
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("centred", "shell", "growing", "haar", "product", "rule"),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "fixed"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a run; lengths in Angstrom, angles in degrees. None means: derived from the data.
+
+    Attributes
+    ----------
+    n_classes : K
+    method : "faml" or "fa" (best single pose and class per particle)
+    preset : "default" or "paper"
+    iterations : most iterations
+    seed : of all randomness
+    device : "auto", "cpu" or "cuda[:i]"
+    threads : CPU threads; None: all cores this process may use
+    mask_radius : of the soft spherical mask (default 0.8 of half the box)
+    resolution : finest resolution used in alignment and likelihood (default: full band)
+    bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
+    candidates : most candidate poses per particle and class
+    max_shift : largest shift of a particle (default: an eighth of the box)
+    regularization : pull of the averages towards their mean in the first iteration, 0 .. 1, falls linearly to 0
+    padding : zero padding before interpolation in Fourier space
+    invert : the protein is dark in the input
+    normalize : subtract the mean and divide by the standard deviation outside the mask
+    """
+
+    n_classes: int = 1
+    method: Literal["faml", "fa"] = "faml"
+    preset: Literal["default", "paper"] = "default"
+    iterations: int = 20
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    mask_radius: float | None = None
+    resolution: float | None = None
+    bandwidth: int | None = None
+    candidates: int = 50
+    max_shift: float | None = None
+    regularization: float = 0.0
+    padding: int = 2
+    invert: bool = False
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.n_classes >= 1, "n_classes", self.n_classes, "at least 1"),
+            (self.method in ("faml", "fa"), "method", self.method, "'faml' or 'fa'"),
+            (self.preset in PRESETS, "preset", self.preset, " or ".join(map(repr, PRESETS))),
+            (self.iterations >= 1, "iterations", self.iterations, "at least 1"),
+            (self.seed >= 0, "seed", self.seed, "0 or more"),
+            (self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1"),
+            (self.mask_radius is None or self.mask_radius > 0, "mask_radius", self.mask_radius, "more than 0 A"),
+            (self.resolution is None or self.resolution > 0, "resolution", self.resolution, "more than 0 A"),
+            (self.bandwidth is None or 4 <= self.bandwidth <= 128, "bandwidth", self.bandwidth, "4 to 128"),
+            (1 <= self.candidates <= 1000, "candidates", self.candidates, "1 to 1000"),
+            (self.max_shift is None or self.max_shift >= 0, "max_shift", self.max_shift, "0 A or more"),
+            (0 <= self.regularization <= 1, "regularization", self.regularization, "0 to 1"),
+            (self.padding in (1, 2, 3, 4), "padding", self.padding, "1, 2, 3 or 4"),
+        ]
+        for valid, name, found, expected in checks:
+            if not valid:
+                raise InputError(f"option {name}: found {found!r}, expected {expected}")
+
+    @property
+    def choices(self) -> Preset:
+        """What the preset says."""
+        return PRESETS[self.preset]
