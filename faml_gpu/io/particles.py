@@ -1,0 +1,538 @@
+"""Particles of a STAR file, a folder, or arrays: checked once before any work, then read batch by batch.
+
+All classes here are `faml_gpu.data.ParticleSource`s. Boxes stay on the disk; distinct Fourier weights are found by
+content, so that thousands of particles of one tilt series share one.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import scipy.fft
+from numpy.typing import ArrayLike, NDArray
+
+from faml_gpu.data import Batch, Poses, Progress
+from faml_gpu.errors import InputError
+from faml_gpu.geometry import relion_to_matrix
+from faml_gpu.io.mrc import MrcHeader, read_header, read_volume
+from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
+from faml_gpu.weights import missing_wedge, read_layout, wedge_consistency, wedge_warning
+
+__all__ = ["ArrayParticles", "FileParticles", "open_particles"]
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+Item = TypeVar("Item")
+Out = TypeVar("Out")
+
+SMALLEST_BOX = 8
+VOXEL_TOLERANCE = 0.01  # relative, between STAR, headers and option
+OPTICS_TOLERANCE = 0.001  # relative, between optics groups
+NAMED = 3  # examples given where many files are at fault
+WEDGE_SAMPLE = 8  # boxes whose power is compared with their wedge
+WEIGHT_CACHE = 256 << 20  # bytes of weights kept in memory
+READERS = 4
+
+
+class FileParticles:
+    """Subtomograms in files, checked; made by `open_particles`.
+
+    Attributes
+    ----------
+    box : N, voxels
+    voxel_size : Angstrom
+    poses : those the STAR file gives, or None where they are not to be used
+    table : what `write_particles_star` writes results into
+    paths : the N-voxel boxes, in the input's order
+    weight_ids, weight_index : names of the distinct weights, and which of them each particle has
+    warnings : what the user should be told (wedge and data do not fit), usually empty
+    """
+
+    def __init__(
+        self,
+        headers: Sequence[MrcHeader],
+        voxel_size: float,
+        table: ParticleTable,
+        weights: Sequence[MrcHeader | Float32],
+        weight_ids: Sequence[str],
+        weight_index: Int64,
+        poses: Poses | None,
+    ) -> None:
+        self._headers = headers
+        self._weights = weights
+        self.voxel_size = voxel_size
+        self.table = table
+        self.weight_ids = tuple(weight_ids)
+        self.weight_index = weight_index
+        self.poses = poses
+        self.box = headers[0].shape[0]
+        self.paths = [header.path for header in headers]
+        self.warnings: tuple[str, ...] = ()
+        weight_bytes = 4 * self.box**2 * (self.box // 2 + 1)
+        self._weight = lru_cache(maxsize=max(1, WEIGHT_CACHE // weight_bytes))(self._read_weight)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+    def read(self, indices: Int64) -> Batch:
+        """Read boxes from the disk, with the distinct weights they need.
+
+        Parameters
+        ----------
+        indices : (B,) particles, from 0
+
+        Raises
+        ------
+        InputError
+            A file changed or vanished since it was checked.
+        """
+        boxes = np.empty((len(indices), self.box, self.box, self.box), dtype=np.float32)
+        for row, volume in enumerate(_in_threads(read_volume, [self._headers[i] for i in indices])):
+            boxes[row] = volume
+        return _batch(boxes, self.weight_index[indices], self.weight_ids, self._weight)
+
+    def _read_weight(self, which: int) -> Float32:
+        weight = self._weights[which]
+        return _load_weight(weight, self.box) if isinstance(weight, MrcHeader) else weight
+
+
+class ArrayParticles:
+    """Subtomograms held in memory.
+
+    Parameters
+    ----------
+    boxes : (n, N, N, N) array, `[z, y, x]`
+    voxel_size : Angstrom
+    weights : None (all of Fourier space observed), one (N, N, N//2 + 1) array, or a sequence of distinct ones,
+        rfftn layout
+    weight_index : (n,) row of `weights` of each particle; needed where there are several
+    poses : a start, or None
+    names : of the particles, for STAR files
+
+    Raises
+    ------
+    InputError
+        Boxes not cubic, not finite or constant; weights of another shape or outside [0, 1]; lengths that do not match.
+    """
+
+    def __init__(
+        self,
+        boxes: ArrayLike,
+        voxel_size: float,
+        weights: ArrayLike | Sequence[ArrayLike] | None = None,
+        weight_index: ArrayLike | None = None,
+        poses: Poses | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._boxes = np.asarray(boxes, dtype=np.float32)
+        shape = self._boxes.shape
+        if len(shape) != 4 or not shape[0] or len(set(shape[1:])) != 1 or shape[1] < SMALLEST_BOX:
+            raise InputError(f"boxes: shape {shape}, expected (n, N, N, N) with n >= 1 and N >= {SMALLEST_BOX}")
+        n, self.box = shape[:2]
+        faults = [(f"box {i}", fault) for i, box in enumerate(self._boxes) if (fault := _fault(box))]
+        _refuse(faults, n, "boxes", "finite values that vary")
+        if not (np.isfinite(voxel_size) and voxel_size > 0):
+            raise InputError(f"voxel_size: found {voxel_size}, expected more than 0 A")
+        half = (self.box, self.box, self.box // 2 + 1)
+        stack = np.ones(half, np.float32) if weights is None else np.asarray(weights, dtype=np.float32)
+        stack = stack[None] if stack.ndim == 3 else stack
+        if stack.shape[1:] != half:
+            raise InputError(f"weights: shape {stack.shape}, expected {half} or (W, *{half})")
+        self._weights = [read_layout(weight, self.box, f"weights[{i}]") for i, weight in enumerate(stack)]
+        if weight_index is None and len(stack) > 1:
+            raise InputError(f"weight_index: missing, expected {n} rows of the {len(stack)} weights")
+        index = np.zeros(n, np.int64) if weight_index is None else np.asarray(weight_index, dtype=np.int64)
+        if index.shape != (n,) or index.min() < 0 or index.max() >= len(stack):
+            raise InputError(f"weight_index: expected {n} numbers from 0 to {len(stack) - 1}")
+        if poses is not None and (poses.rotations.shape != (n, 3, 3) or poses.shifts.shape != (n, 3)):
+            raise InputError(f"poses: expected {n} rotations (3, 3) and shifts (3,)")
+        if names is not None and len(names) != n:
+            raise InputError(f"names: found {len(names)}, expected {n}")
+        self.voxel_size = float(voxel_size)
+        self.poses = poses
+        self.weight_index = index
+        self.weight_ids = tuple(_content_id(weight) for weight in self._weights)
+        self.table = FreshTable(
+            tuple(names) if names is not None else tuple(f"particle{i:06d}.mrc" for i in range(1, n + 1)),
+            self.voxel_size,
+            self.box,
+        )
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def read(self, indices: Int64) -> Batch:
+        """See `faml_gpu.data.ParticleSource`."""
+        return _batch(self._boxes[indices], self.weight_index[indices], self.weight_ids, self._weights.__getitem__)
+
+
+def open_particles(
+    source: str | os.PathLike[str],
+    *,
+    tilt_range: tuple[float, float] | None = None,
+    tilt_axis: str = "y",
+    voxel_size: float | None = None,
+    use_poses: bool = False,
+    progress: Progress | None = None,
+) -> FileParticles:
+    """Open subtomograms and check all of them: headers first, then each file is read once.
+
+    Parameters
+    ----------
+    source : a RELION STAR file (3.0, 3.1, 4, 5) of 3-D subtomograms; a folder of `.mrc` boxes; or a glob of boxes.
+        Paths in a STAR file are relative to it, or else to the working directory.
+    tilt_range, tilt_axis : of all particles, degrees; needed unless the STAR file has `rlnCtfImage`
+    voxel_size : Angstrom; needed where neither STAR file nor headers have it. A header's 0 or exactly 1 A counts as
+        unset; a weight's header is never asked.
+    use_poses : take angles, origins and classes of the STAR file as `poses`. A box cut by RELION 4 or 5 has the pose
+        rlnAngle* alone in its own frame; rlnTomoSubtomogram* is not composed.
+    progress : called with (step, done, total)
+
+    Raises
+    ------
+    InputError
+        Anything that could not be averaged: see the message.
+    """
+    path = Path(source)
+    if voxel_size is not None and not (np.isfinite(voxel_size) and voxel_size > 0):
+        raise InputError(f"--voxel-size: found {voxel_size}, expected more than 0 A")
+    table: StarTable | None = None
+    if path.is_file() and path.suffix.lower() == ".star":
+        table = read_particles_star(path)
+        _check_three_dimensional(table)
+        names = table.strings("rlnImageName")
+        weight_names = table.strings("rlnCtfImage") if "rlnCtfImage" in table.columns else None
+        if weight_names is None:
+            _check_common_frame(table, tilt_range)
+    else:
+        names, weight_names = _list_boxes(source), None
+        if use_poses:
+            raise InputError(f"--use-poses: {source} is no STAR file and has no poses")
+    if weight_names is not None and tilt_range is not None:
+        raise InputError(f"--tilt-range: {path} has a weight per particle (rlnCtfImage); give only one of the two")
+    if weight_names is None and tilt_range is None:
+        lacks = "has no rlnCtfImage" if table else "has no weights"
+        raise InputError(f"{source} {lacks}: the tilt range is needed (--tilt-range LO HI, degrees)")
+
+    folder = path.parent if table else Path()
+    paths = _existing(names, folder, table, "rlnImageName")
+    weight_paths = _existing(weight_names, folder, table, "rlnCtfImage") if weight_names is not None and table else []
+    headers = list(_in_threads(read_header, paths, progress, "reading headers"))
+    box = _common_box(headers)
+    if table is not None:
+        _check_image_size(table, box)
+    voxel = _agreed_voxel_size(headers, table, voxel_size, source)
+    poses = _poses(table, voxel) if table is not None and use_poses else None
+
+    weights: list[MrcHeader | Float32]
+    if tilt_range is not None:
+        wedge = missing_wedge(box, tilt_range, tilt_axis)
+        weights, ids, index = [wedge], [_content_id(wedge)], np.zeros(len(paths), np.int64)
+    else:
+        weights, ids, index = _distinct_weights(weight_paths, box, progress)
+    result = FileParticles(
+        headers,
+        voxel,
+        replace(table, voxel_size=voxel, box=box) if table is not None else FreshTable(tuple(names), voxel, box),
+        weights,
+        ids,
+        index,
+        poses,
+    )
+    _check_boxes(headers, progress)
+    result.warnings = _wedge_warnings(result)
+    return result
+
+
+def _in_threads(
+    function: Callable[[Item], Out], items: Sequence[Item], progress: Progress | None = None, step: str = ""
+) -> Iterator[Out]:
+    """Results in the order of `items`; reading waits for the disk and releases the interpreter meanwhile."""
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for done, out in enumerate(pool.map(function, items), 1):
+            if progress is not None:
+                progress(step, done, len(items))
+            yield out
+    finally:
+        # After an error or Ctrl-C: do not read the remaining files first.
+        pool.shutdown(cancel_futures=True)
+
+
+def _batch(boxes: Float32, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32]) -> Batch:
+    distinct, inverse = np.unique(index, return_inverse=True)
+    rows = [int(which) for which in distinct]
+    return Batch(
+        boxes=boxes,
+        weights=np.stack([weight(row) for row in rows]),
+        weight_index=inverse.astype(np.int64),
+        weight_ids=tuple(ids[row] for row in rows),
+    )
+
+
+def _content_id(weight: Float32) -> str:
+    return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
+
+
+def _load_weight(header: MrcHeader, box: int) -> Float32:
+    return read_layout(read_volume(header), box, str(header.path))
+
+
+def _distinct_weights(
+    paths: Sequence[Path], box: int, progress: Progress | None
+) -> tuple[list[MrcHeader | Float32], list[str], Int64]:
+    """One file for each distinct content, its name, and which of them each particle has."""
+    files = list(dict.fromkeys(paths))
+    headers = list(_in_threads(read_header, files))
+
+    def content(header: MrcHeader) -> str:
+        return _content_id(_load_weight(header, box))
+
+    ids = list(_in_threads(content, headers, progress, "checking weights"))
+    distinct = {name: row for row, name in enumerate(dict.fromkeys(ids))}
+    of_file = {file: distinct[name] for file, name in zip(files, ids, strict=True)}
+    first: list[MrcHeader | Float32] = [headers[ids.index(name)] for name in distinct]
+    return first, list(distinct), np.array([of_file[path] for path in paths], dtype=np.int64)
+
+
+def _list_boxes(source: str | os.PathLike[str]) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        names = [str(name) for name in path.iterdir() if name.suffix.lower() == ".mrc" and name.is_file()]
+        expected = ".mrc files"
+    elif path.is_file():
+        names, expected = [str(path)], ""
+    elif glob.has_magic(os.fspath(source)):
+        names = [name for name in glob.glob(os.fspath(source)) if Path(name).is_file()]
+        expected = "files that match"
+    else:
+        raise InputError(f"{source}: does not exist, expected a STAR file, a folder of .mrc boxes, or a glob of boxes")
+    if not names:
+        raise InputError(f"{source}: no {expected}, expected subtomograms")
+    return sorted(names)
+
+
+def _existing(names: Sequence[str], folder: Path, table: StarTable | None, column: str) -> list[Path]:
+    """Paths relative to the STAR file, or else to the working directory; all that are nowhere are counted."""
+    known: dict[str, Path | None] = {}
+    for name in names:
+        if name not in known:
+            candidates = (folder / name, Path(name))
+            known[name] = next((path for path in candidates if path.is_file()), None)
+    paths = [known[name] for name in names]
+    found = [path for path in paths if path is not None]
+    if len(found) < len(paths):
+        rows = [row for row, path in enumerate(paths) if path is None]
+        examples = [
+            f"{names[row]} ({f'line {table.lines[row]}' if table else f'particle {row + 1}'})" for row in rows[:NAMED]
+        ]
+        raise InputError(
+            f"{table.path if table else folder}: {column} of {len(rows)} of {len(paths)} particles does not exist: "
+            f"{_listed(examples, len(rows))}; expected relative to {folder} or to the working directory {Path.cwd()}"
+        )
+    return found
+
+
+def _listed(examples: Iterable[str], total: int) -> str:
+    shown = list(examples)[:NAMED]
+    return ", ".join(shown) + (", ..." if total > len(shown) else "")
+
+
+def _refuse(faults: Sequence[tuple[str, str]], total: int, what: str, expected: str) -> None:
+    if faults:
+        examples = _listed((f"{name} ({fault})" for name, fault in faults), len(faults))
+        raise InputError(f"{len(faults)} of {total} {what} cannot be used: {examples}; expected {expected}")
+
+
+def _check_three_dimensional(table: StarTable) -> None:
+    """Refuse 2-D stacks and pre-multiplied data, which the columns tell of before any file is opened."""
+    hint = "expected one 3-D subtomogram (.mrc) per particle; RELION 5: extract without 2-D stacks"
+    if table.general.get("rlnTomoSubTomosAre2DStacks", "0") not in ("0", "0.0"):
+        raise InputError(f"{table.path}: rlnTomoSubTomosAre2DStacks is 1 (2-D stacks), {hint}")
+    for column, wanted in (("rlnImageDimensionality", "3"), ("rlnCtfDataAreCtfPremultiplied", "0")):
+        for group, value in _optics_values(table, column).items():
+            if _as_number(value) == float(wanted):
+                continue
+            if column == "rlnImageDimensionality":
+                raise InputError(f"{table.path}: {column} is {value} in optics group {group}, {hint}")
+            raise InputError(
+                f"{table.path}: {column} is {value} in optics group {group}; subtomograms multiplied by their CTF are "
+                "not supported, expected boxes as reconstructed, with a weight in 0 .. 1"
+            )
+    for column in ("rlnImageName", "rlnCtfImage"):
+        if column in table.columns:
+            for row, name in enumerate(table.strings(column)):
+                if "@" in name or name.lower().endswith((".mrcs", ".st")):
+                    raise InputError(f"{table.row_name(row)}: {column} {name} is a 2-D image or stack, {hint}")
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _optics_values(table: StarTable, column: str) -> dict[str, str]:
+    """Values of a column of `data_optics` by optics group, for the groups that particles are in."""
+    if table.optics is None or column not in table.optics:
+        return {}
+    if "rlnOpticsGroup" not in table.optics or "rlnOpticsGroup" not in table.columns:
+        raise InputError(f"{table.path}: rlnOpticsGroup is missing, expected in data_optics and data_{table.block}")
+    values = dict(zip(table.optics["rlnOpticsGroup"], table.optics[column], strict=True))
+    groups = table.strings("rlnOpticsGroup")
+    for row, group in enumerate(groups):
+        if group not in values:
+            raise InputError(
+                f"{table.row_name(row)}: rlnOpticsGroup {group} is not in data_optics (there: {', '.join(values)})"
+            )
+    return {group: values[group] for group in dict.fromkeys(groups)}
+
+
+def _check_common_frame(table: StarTable, tilt_range: tuple[float, float] | None) -> None:
+    """One wedge for all needs boxes cut in the tomogram's own frame."""
+    columns = [f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi")]
+    present = [column for column in columns if column in table.columns]
+    if tilt_range is None or not present:
+        return
+    angles = np.zeros((table.n_rows, 3))
+    for column in present:
+        angles[:, columns.index(column)] = table.floats(column)
+    turned = np.abs(relion_to_matrix(angles) - np.eye(3)).max(axis=(1, 2)) > 1e-4
+    if turned.any():
+        raise InputError(
+            f"{table.row_name(int(np.argmax(turned)))}: the boxes of {int(turned.sum())} of {table.n_rows} particles "
+            "are turned against the tomogram (rlnTomoSubtomogramRot/Tilt/Psi), so that one --tilt-range does not hold "
+            "for all; expected a weight per particle (rlnCtfImage)"
+        )
+
+
+def _common_box(headers: Sequence[MrcHeader]) -> int:
+    first = headers[0]
+    if len(set(first.shape)) != 1:
+        size = " x ".join(map(str, first.shape[::-1]))
+        stack = " (a stack of 2-D images?)" if first.shape[1] == first.shape[2] else ""
+        raise InputError(f"{first.path}: {size} voxels{stack}, expected a cubic 3-D subtomogram")
+    other = [header for header in headers if header.shape != first.shape]
+    box = first.shape[0]
+    faults = [(str(header.path), " x ".join(map(str, header.shape[::-1]))) for header in other]
+    _refuse(faults, len(headers), "boxes", f"{box} x {box} x {box} voxels as {first.path}")
+    if box < SMALLEST_BOX:
+        raise InputError(f"{first.path}: box of {box} voxels, expected at least {SMALLEST_BOX}")
+    return box
+
+
+def _check_image_size(table: StarTable, box: int) -> None:
+    for group, value in _optics_values(table, "rlnImageSize").items():
+        if _as_number(value) != box:
+            raise InputError(
+                f"{table.path}: rlnImageSize is {value} in optics group {group}, but the boxes have {box} voxels"
+            )
+
+
+def _star_voxel_size(table: StarTable) -> float | None:
+    """Angstrom, of the optics groups (3.1 and later) or the particles' own columns (3.0)."""
+    if table.optics is not None:
+        where = {f"optics group {group}": text for group, text in _optics_values(table, "rlnImagePixelSize").items()}
+        sizes = {place: _as_number(text) for place, text in where.items()}
+    elif column := next((name for name in ("rlnImagePixelSize", "rlnPixelSize") if name in table.columns), None):
+        sizes = {table.row_name(row): float(size) for row, size in enumerate(table.floats(column))}
+    elif {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table.columns):
+        magnification = table.floats("rlnMagnification")
+        with np.errstate(divide="ignore"):
+            pixels = 1e4 * table.floats("rlnDetectorPixelSize") / magnification  # micrometre to Angstrom
+        sizes = {table.row_name(row): float(size) for row, size in enumerate(pixels)}
+    else:
+        sizes = {}
+    for place, size in sizes.items():
+        if not (np.isfinite(size) and size > 0):
+            raise InputError(f"{table.path}: pixel size is {size:g} in {place}, expected more than 0 A")
+    if not sizes:
+        return None
+    low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    if sizes[high] > sizes[low] * (1 + OPTICS_TOLERANCE):
+        raise InputError(
+            f"{table.path}: pixel sizes differ: {sizes[low]:g} A in {low}, {sizes[high]:g} A in {high}; "
+            "expected the same for all particles"
+        )
+    return sizes[low]
+
+
+def _agreed_voxel_size(
+    headers: Sequence[MrcHeader], table: StarTable | None, option: float | None, source: str | os.PathLike[str]
+) -> float:
+    """The one voxel size that STAR file, headers and option agree on."""
+    stated: list[tuple[str, float]] = []
+    if table is not None and (in_star := _star_voxel_size(table)) is not None:
+        stated.append((str(table.path), in_star))
+    if option is not None:
+        stated.append(("--voxel-size", option))
+    for header in headers:
+        size = header.voxel_size
+        # 1 A is what many programs write when they do not know; headers count in float32.
+        if size is not None and abs(size - 1.0) > 1e-6:
+            stated.append((str(header.path), size))
+    if not stated:
+        raise InputError(
+            f"{source}: no voxel size in {'the STAR file or ' if table else ''}the headers of the boxes "
+            "(0 and exactly 1 A count as unset); give --voxel-size (Angstrom)"
+        )
+    name, voxel = stated[0]
+    for other, size in stated[1:]:
+        if abs(size - voxel) > VOXEL_TOLERANCE * voxel:
+            raise InputError(f"{other}: voxel size {size:g} A, but {voxel:g} A in {name}; expected the same")
+    return voxel
+
+
+def _poses(table: StarTable, voxel_size: float) -> Poses:
+    angle_columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+    if missing := [column for column in angle_columns if column not in table.columns]:
+        raise InputError(f"--use-poses: {table.path} has no {', '.join(missing)}")
+    angles = np.stack([table.floats(column) for column in angle_columns], axis=-1)
+    shifts = np.zeros((table.n_rows, 3))
+    for axis, letter in enumerate("XYZ"):
+        if f"rlnOrigin{letter}Angst" in table.columns:
+            shifts[:, axis] = -table.floats(f"rlnOrigin{letter}Angst") / voxel_size
+        elif f"rlnOrigin{letter}" in table.columns:
+            shifts[:, axis] = -table.floats(f"rlnOrigin{letter}")
+    classes = None
+    if "rlnClassNumber" in table.columns:
+        numbers = table.floats("rlnClassNumber")
+        # 0 is what RELION writes before any classification.
+        classes = numbers.astype(np.int64) - 1 if (numbers >= 1).all() else None
+    return Poses(relion_to_matrix(angles), shifts, classes)
+
+
+def _fault(volume: Float32) -> str | None:
+    low, high = float(volume.min()), float(volume.max())  # NaN if any voxel is
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "NaN or Inf"
+    return f"constant, {low:g}" if low == high else None
+
+
+def _check_boxes(headers: Sequence[MrcHeader], progress: Progress | None) -> None:
+    def check(header: MrcHeader) -> str | None:
+        return _fault(read_volume(header))
+
+    found = _in_threads(check, headers, progress, "checking boxes")
+    faults = [(str(header.path), fault) for header, fault in zip(headers, found, strict=True) if fault]
+    _refuse(faults, len(headers), "boxes", "finite values that vary")
+
+
+def _wedge_warnings(particles: FileParticles) -> tuple[str, ...]:
+    """Compare a handful of boxes, spread over the input, with their weights."""
+    chosen = np.unique(np.linspace(0, len(particles) - 1, WEDGE_SAMPLE).astype(np.int64))
+    batch = particles.read(chosen)
+    spectrum: NDArray[Any] = scipy.fft.rfftn(batch.boxes, axes=(1, 2, 3))
+    power = spectrum.real**2 + spectrum.imag**2
+    warning = wedge_warning(wedge_consistency(power, batch.weights[batch.weight_index]))
+    return (f"{len(chosen)} boxes: {warning}",) if warning else ()

@@ -1,0 +1,239 @@
+"""Fourier weights: the missing wedge of a tilt series, and the file layouts of 3-D weights.
+
+Inside the package a weight is an (N, N, N//2 + 1) float32 array in [0, 1] in the layout of `rfftn`:
+axes `[kz, ky, kx]`, kz and ky in FFT order (0, 1 .. -1; for even N the entry N/2 stands for -N/2),
+kx = 0 .. N//2. Weights are point-symmetric, w(-k) = w(k), as real-space data are real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.errors import InputError
+
+__all__ = [
+    "WedgeFigures",
+    "centred_from_half",
+    "half_from_centred",
+    "missing_wedge",
+    "read_layout",
+    "wedge_consistency",
+    "wedge_warning",
+]
+
+Float32 = NDArray[np.float32]
+
+# Rounding in files (float16, interpolation) is no reason to refuse a weight; it is clipped to [0, 1].
+ROUNDING = 1e-3
+# Mirrored against stated wedge: the power differs by sampling noise of about 1 % for a few boxes of 32^3.
+MARGIN = 1.05
+
+
+def missing_wedge(box: int, tilt_range: tuple[float, float], axis: str = "y") -> Float32:
+    """Weight of a tilt series: 1 where observed, 0 in the missing wedge.
+
+    The beam is along Z. Tilt axis Y: positive tilt theta is x' = x cos(theta) + z sin(theta) (right-handed about +Y),
+    so a voxel is observed if tan(lo) |kx| <= sgn(kx) kz <= tan(hi) |kx|. Tilt axis X: positive tilt is defined alike,
+    y' = y cos(theta) + z sin(theta) (that is, by -theta right-handed about +X), with ky in place of kx. On the plane
+    kx = 0 (ky = 0) only kz = 0 is observed. Data of a program with the other sign have the range (-hi, -lo).
+
+    For even N the rule is applied to the frequency that the layout stores (+N/2 in kx, -N/2 in ky and kz); these
+    Nyquist voxels are outside any active support.
+
+    Parameters
+    ----------
+    box : N, voxels
+    tilt_range : (lo, hi), degrees
+    axis : tilt axis, "x" or "y"
+
+    Returns
+    -------
+    (N, N, N//2 + 1) float32 array of 0 and 1, rfftn layout
+
+    Raises
+    ------
+    InputError
+        Range not finite, reversed, or beyond +-90 degrees; unknown axis.
+    """
+    low, high = (float(angle) for angle in tilt_range)
+    if axis not in ("x", "y"):
+        raise InputError(f"--tilt-axis: found {axis!r}, expected 'x' or 'y'")
+    if not -90.0 <= low < high <= 90.0:
+        raise InputError(
+            f"--tilt-range: found {low:g} {high:g} degrees, expected LO < HI, both within -90 and 90 (e.g. -60 60)"
+        )
+    k = np.rint(np.fft.fftfreq(box) * box)
+    kz = k[:, None, None]
+    across = np.arange(box // 2 + 1.0)[None, None, :] if axis == "y" else k[None, :, None]
+    along = np.where(across < 0, -kz, kz)
+    slack = 1e-9 * box  # tan(45 degrees) is just below 1 in floating point
+    tangent_low, tangent_high = np.tan(np.deg2rad([low, high]))
+    observed = (along >= tangent_low * np.abs(across) - slack) & (along <= tangent_high * np.abs(across) + slack)
+    return np.ascontiguousarray(np.broadcast_to(observed, (box, box, box // 2 + 1)), dtype=np.float32)
+
+
+def _negated(n: int) -> NDArray[np.int64]:
+    """Index of -k for each index of k in FFT order; -N/2 (even N) has no partner and stays."""
+    return -np.arange(n) % n
+
+
+def half_from_centred(cube: NDArray[Any]) -> Float32:
+    """rfftn layout of a cube whose zero frequency is at voxel N//2 of each axis.
+
+    The values at kx >= 0 are taken as they are, nothing is averaged. For even N the cube holds kx = -N/2 only, while
+    the half volume ends at +N/2: that plane is read point-mirrored, w(N/2, ky, kz) = w(-N/2, -ky, -kz).
+
+    Parameters
+    ----------
+    cube : (N, N, N) array, axes [kz, ky, kx]
+
+    Returns
+    -------
+    (N, N, N//2 + 1) float32 array
+    """
+    n = len(cube)
+    full = np.fft.ifftshift(np.asarray(cube, dtype=np.float32))
+    half = np.ascontiguousarray(full[:, :, : n // 2 + 1])
+    if n % 2 == 0:
+        back = _negated(n)
+        half[:, :, -1] = full[back[:, None], back[None, :], n // 2]
+    return half
+
+
+def centred_from_half(half: NDArray[Any], box: int) -> Float32:
+    """Centred cube of a weight in rfftn layout; the values at kx < 0 follow from w(-k) = w(k).
+
+    Undoes `half_from_centred`: half -> cube -> half is the identity.
+
+    Parameters
+    ----------
+    half : (N, N, N//2 + 1) array
+    box : N (not to be told from the shape of `half` alone)
+
+    Returns
+    -------
+    (N, N, N) float32 array, axes [kz, ky, kx], zero frequency at N//2
+    """
+    positive = (box + 1) // 2  # kx = 0 .. positive - 1 is stored at the same index in FFT order
+    back = _negated(box)
+    full = np.empty((box, box, box), dtype=np.float32)
+    full[:, :, :positive] = half[:, :, :positive]
+    full[:, :, positive:] = half[back[:, None, None], back[None, :, None], back[None, None, positive:]]
+    return np.ascontiguousarray(np.fft.fftshift(full))
+
+
+def read_layout(array: NDArray[Any], box: int, name: str = "weight") -> Float32:
+    """A weight as stored in a file, in rfftn layout.
+
+    Parameters
+    ----------
+    array : (N, N, N) centred cube, or (N, N, N//2 + 1) FFTW half, axes [kz, ky, kx]
+    box : N of the subtomograms
+    name : for messages, e.g. the file
+
+    Returns
+    -------
+    (N, N, N//2 + 1) float32 array in [0, 1]
+        Of a centred cube, the half kx >= 0 as it is: weights made by placing slices voxel by voxel are a few
+        per cent asymmetric, and are used as given.
+
+    Raises
+    ------
+    InputError
+        Other shape; NaN or values outside [0, 1]; 0 everywhere.
+    """
+    cube, half = (box, box, box), (box, box, box // 2 + 1)
+    if array.shape not in (cube, half):
+        raise InputError(
+            f"{name}: Fourier weight of shape (z, y, x) = {array.shape}, expected a centred cube {cube} "
+            f"or an FFTW half {half} for subtomograms of {box} voxels"
+        )
+    low, high = float(array.min()), float(array.max())  # NaN if any value is
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise InputError(
+            f"{name}: Fourier weight from {low:g} to {high:g}, expected values in 0 .. 1 "
+            "(signed CTFs and multiplicities are not supported)"
+        )
+    if high <= 0:
+        raise InputError(f"{name}: Fourier weight is 0 everywhere, expected values in 0 .. 1")
+    weight = np.clip(np.asarray(array, dtype=np.float32), 0.0, 1.0)
+    if array.shape == half:
+        return np.ascontiguousarray(weight)
+    return half_from_centred(weight)
+
+
+@dataclass(frozen=True)
+class WedgeFigures:
+    """Mean power, relative to the mean of its Fourier shell, in and out of the stated and the mirrored wedge.
+
+    Attributes
+    ----------
+    inside, outside : where the weight says observed (w > 1/2) and not
+    stated_only : observed by the stated weight, but not by its mirror (kz -> -kz, tilt range -HI .. -LO)
+    mirrored_only : observed by the mirror, but not by the stated weight
+
+    A set without voxels has NaN.
+    """
+
+    inside: float
+    outside: float
+    stated_only: float
+    mirrored_only: float
+
+
+def wedge_consistency(power: NDArray[Any], weight: NDArray[Any]) -> WedgeFigures:
+    """Compare the power of boxes with the wedge stated for them.
+
+    Parameters
+    ----------
+    power : (N, N, N//2 + 1) or (n, N, N, N//2 + 1) array, |FFT|^2 of boxes, rfftn layout
+    weight : as `power`, or one weight for all of it
+
+    Returns
+    -------
+    WedgeFigures
+        Power is divided by its mean over the Fourier shell, 1 <= |k| <= ceil(N/2) - 1, before it is averaged: the
+        spectrum's fall with resolution drops out.
+    """
+    n = power.shape[-2]
+    k = np.rint(np.fft.fftfreq(n) * n)
+    radius = np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + np.arange(n // 2 + 1.0) ** 2)
+    shell = np.rint(radius).astype(np.int64)
+    support = (shell >= 1) & (radius <= (n + 1) // 2 - 1)
+    shells = shell[support]
+    powers = power.reshape(-1, n, n, n // 2 + 1)
+    weights = np.broadcast_to(weight, powers.shape)
+    sums, counts = np.zeros(4), np.zeros(4)
+    for one_power, one_weight in zip(powers, weights, strict=True):
+        values = one_power[support].astype(np.float64)
+        mean = np.bincount(shells, values) / np.maximum(np.bincount(shells), 1)
+        values /= np.maximum(mean, np.finfo(np.float64).tiny)[shells]
+        stated = one_weight[support] > 0.5
+        mirrored = one_weight[_negated(n)][support] > 0.5
+        sets = (stated, ~stated, stated & ~mirrored, mirrored & ~stated)
+        sums += [values[chosen].sum() for chosen in sets]
+        counts += [chosen.sum() for chosen in sets]
+    figures = np.divide(sums, counts, out=np.full(4, np.nan), where=counts > 0)
+    return WedgeFigures(*figures.tolist())
+
+
+def wedge_warning(figures: WedgeFigures) -> str | None:
+    """What to tell the user about `figures`, or None if the stated wedge fits the data."""
+    # Comparisons with NaN (no such voxels) are false: no missing wedge, or a symmetric one.
+    if figures.mirrored_only > MARGIN * figures.stated_only:
+        return (
+            "the mirrored wedge fits the boxes better: relative power "
+            f"{figures.mirrored_only:.2f} where only the tilt range -HI -LO observes, "
+            f"{figures.stated_only:.2f} where only the stated one does; "
+            "give --tilt-range -HI -LO if the tilts have the other sign"
+        )
+    if figures.outside >= figures.inside:
+        return (
+            f"the boxes have no less power outside the stated wedge ({figures.outside:.2f} of the shell mean) "
+            f"than inside ({figures.inside:.2f}); check the tilt range and axis, or the weights"
+        )
+    return None
