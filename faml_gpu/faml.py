@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ BATCH_BYTES = 1 << 30  # of working memory a batch of particles may take
 BATCH_PARTICLES = 32
 CONVERGED_CHANGES = 0.01  # share of particles that change class
 CONVERGED_CORRELATION = 0.999  # of each average with its predecessor
+REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
 
@@ -121,15 +122,16 @@ def iterate(
         observation = band.observe(batch, spectra)
         with clock("fast alignment"):
             candidates = [band.align(observation, r, precision, c) for r, c in zip(references, kept, strict=True)]
+            if plan.options.method == "fa":
+                candidates = single_best(candidates)
+            elif plan.options.choices.poses == "refined":
+                earlier = select(checkpoint.posterior, total.n, total.n + len(spectra)) if checkpoint.history else None
+                candidates = band.refine(observation, references, candidates, precision, earlier)
         n_candidates += sum(int(c.count.sum()) for c in candidates)
-        if plan.options.method == "fa":
-            candidates = single_best(candidates)
         with clock("voronoi"):
             volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
-            posterior = expectation(
-                observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta
-            )
+            posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
         with clock("rotate back"):
             total.merge(band.accumulate(posterior, observation, batch, spectra))
         posteriors.append(posterior)
@@ -147,7 +149,7 @@ def maximize(
 ) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
     options, choices = plan.options, plan.options.choices
-    if options.method == "fa":
+    if options.method == "fa" or choices.update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
@@ -160,9 +162,7 @@ def maximize(
         iteration=old.iteration + 1,
         maps=maps,
         alpha=total.mass / total.mass.sum(),
-        sigma2=maximization.new_sigma2(
-            total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"
-        ),
+        sigma2=maximization.new_sigma2(total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"),
         zeta=maximization.new_zeta(total.shift2, total.n),
     )
 
@@ -186,7 +186,13 @@ def start(
     rng = plan.rng(0)
     classes = rng.permutation(np.arange(n) % n_classes)
     rotations, shifts = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3))
-    if use_poses:
+    if reference is not None and n_classes > 1:
+        # One map cannot tell K classes apart: align everything to it, then split at random.
+        single = Plan.make(particles, replace(plan.options, n_classes=1))
+        aligned = iterate(single, particles, start(single, particles, reference, initial_lowpass, use_poses))
+        best = best_poses(aligned.posterior)
+        rotations, shifts, reference = best.rotations, best.shifts, None
+    elif use_poses:
         if particles.poses is None:
             raise InputError("--use-poses: the input has no poses, expected rlnAngle* and rlnOrigin* columns")
         rotations, shifts = particles.poses.rotations, particles.poses.shifts
@@ -429,9 +435,23 @@ class Band:
         """Step 1 against one class."""
         centred = self.plan.options.choices.magnitudes == "centred"
         n = self.plan.options.candidates
-        return fast_alignment.align(
-            observation, reference, precision, self.window, n, centred=centred, kept=kept
-        )
+        return fast_alignment.align(observation, reference, precision, self.window, n, centred=centred, kept=kept)
+
+    def refine(
+        self,
+        observation: Observation,
+        references: list[Reference],
+        candidates: list[Candidates],
+        precision: Float32,
+        earlier: Posterior | None,
+    ) -> list[Candidates]:
+        """Likeliest candidates moved to the likelihood's maximum, the particles' earlier poses among them."""
+        refined = []
+        for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
+            if earlier is not None:
+                found = fast_alignment.carry_over(found, *likeliest(earlier, k, REFINED))
+            refined.append(fast_alignment.refine(observation, reference, found, precision, REFINED))
+        return refined
 
     def accumulate(
         self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: NDArray[np.complex64]
@@ -439,9 +459,7 @@ class Band:
         """What a batch adds to the sums of the M-step."""
         n_classes = posterior.class_probability.shape[1]
         printed = self.plan.options.choices.update == "printed"
-        sums, weights = self.plan.rotate_back(
-            posterior, batch, spectra, self.output, n_classes, weigh_twice=printed
-        )
+        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=printed)
         residual, observed = maximization.noise_sums(
             posterior, observation.weights, observation.weight_index, self.support
         )
@@ -539,9 +557,7 @@ def single_best(candidates: list[Candidates]) -> list[Candidates]:
     ]
 
 
-def one_hot(
-    classes: Int64, rotations: NDArray[np.float64], shifts: NDArray[np.float64], n_classes: int
-) -> Posterior:
+def one_hot(classes: Int64, rotations: NDArray[np.float64], shifts: NDArray[np.float64], n_classes: int) -> Posterior:
     """A posterior with all mass of each particle on one class and pose."""
     n = len(classes)
     return Posterior(
@@ -575,6 +591,21 @@ def join(parts: list[BatchPosterior]) -> Posterior:
         n_significant=np.bincount(particle, minlength=sum(sizes)).astype(np.int64),
         class_probability=together("class_probability"),
     )
+
+
+def likeliest(
+    posterior: Posterior, k: int, n: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """The n likeliest poses of each particle in class k: rotations (B, n, 3, 3), shifts (B, n, 3), how many (B,)."""
+    mine = np.nonzero(posterior.class_index == k)[0]
+    mine = mine[np.lexsort((-posterior.probability[mine], posterior.particle[mine]))]
+    particle = posterior.particle[mine]
+    rank = np.arange(len(mine)) - np.searchsorted(particle, particle)
+    mine, particle, rank = mine[rank < n], particle[rank < n], rank[rank < n]
+    size = len(posterior.log_likelihood)
+    rotations, shifts = np.tile(np.eye(3), (size, n, 1, 1)), np.zeros((size, n, 3))
+    rotations[particle, rank], shifts[particle, rank] = posterior.rotations[mine], posterior.shifts[mine]
+    return rotations, shifts, np.bincount(particle, minlength=size)
 
 
 def select(posterior: Posterior, first: int, last: int) -> Posterior:

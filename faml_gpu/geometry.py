@@ -64,13 +64,13 @@ def matrix_to_euler(matrices: ArrayLike) -> Floats:
     beta = np.arctan2(sin_beta, r[..., 2, 2])
     pole = sin_beta < 1e-9
     # At a pole only alpha +- gamma is defined: all of it goes into alpha.
-    alpha = np.where(pole, np.arctan2(r[..., 1, 0], r[..., 1, 1]), np.arctan2(r[..., 1, 2], r[..., 0, 2]))
+    alpha = np.where(pole, np.arctan2(-r[..., 0, 1], r[..., 1, 1]), np.arctan2(r[..., 1, 2], r[..., 0, 2]))
     gamma = np.where(pole, 0.0, np.arctan2(r[..., 2, 1], -r[..., 2, 0]))
     return np.stack([alpha, beta, gamma], axis=-1)
 
 
 def relion_to_matrix(rot_tilt_psi: ArrayLike) -> Floats:
-    """Our R for RELION's (rlnAngleRot, rlnAngleTilt, rlnAnglePsi) in degrees: the inverse of RELION's matrix.
+    """Our R for RELION's (rlnAngleRot, rlnAngleTilt, rlnAnglePsi) in degrees.
 
     Parameters
     ----------

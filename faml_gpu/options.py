@@ -20,7 +20,10 @@ class Preset:
     noise : one variance per Fourier "shell", or a "single" one
     band : r_max "growing" over the first 60 % of the iterations, or "full" from the start
     measure : rotations of the Voronoi points from "haar" or uniform "euler" angles
-    update : Eq. 10 with the "product" w X interpolated once, or "printed" (w and w X interpolated apart)
+    update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
+        one step, or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of
+        the way (and interpolates w and w X apart)
+    poses : candidates "refined" by the likelihood, last iteration's among them, or as found on the "grid" of c~
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
     """
 
@@ -28,13 +31,14 @@ class Preset:
     noise: Literal["shell", "single"]
     band: Literal["growing", "full"]
     measure: Literal["haar", "euler"]
-    update: Literal["product", "printed"]
+    update: Literal["ratio", "printed"]
+    poses: Literal["refined", "grid"]
     bandwidth: Literal["rule", "fixed"]
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "product", "rule"),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "fixed"),
+    "default": Preset("centred", "shell", "growing", "haar", "ratio", "refined", "rule"),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "grid", "fixed"),
 }
 
 

@@ -1,6 +1,17 @@
 """Step 1 of FAML: candidate poses by rotational matching in spherical harmonics, then their shifts."""
 
 from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, align, make_reference
+from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
-__all__ = ["Candidates", "Observation", "Reference", "ShiftWindow", "align", "make_reference", "shift_window"]
+__all__ = [
+    "Candidates",
+    "Observation",
+    "Reference",
+    "ShiftWindow",
+    "align",
+    "carry_over",
+    "make_reference",
+    "refine",
+    "shift_window",
+]
