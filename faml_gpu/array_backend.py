@@ -69,7 +69,7 @@ def cpu_count() -> int:
 @contextmanager
 def cpu_threads(n: int | None) -> Iterator[int]:
     """One knob for the threads of Numba, BLAS and FFT inside the block; None takes every core allowed."""
-    count = min(n or cpu_count(), numba.config.NUMBA_NUM_THREADS)
+    count = min(n or cpu_count(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     before = numba.get_num_threads()
     numba.set_num_threads(count)
     try:

@@ -252,7 +252,7 @@ def _direct_averages(
         sums += s
         weights += w
         done += len(spectra)
-    mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes)
+    mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
     return plan.to_maps(maximization.direct_average(sums, weights, mass), support)
 
 
@@ -378,7 +378,7 @@ class Plan:
         r = int(np.clip(self.box * self.voxel_size / resolution, 1, fourier.full_band(self.box)))
         support = fourier.make_support(self.box, r)
         values = support.gather(fourier.transform(volume.astype(np.float32)))
-        return self.to_maps(values[None], support)[0]
+        return np.asarray(self.to_maps(values[None], support)[0])
 
     def scaled_like(self, volume: Float32, average: Float32) -> Float32:
         """A map on the particles' grey scale.
@@ -466,7 +466,7 @@ class Band:
         return maximization.Accumulators(
             sums,
             weights,
-            np.bincount(posterior.class_index, posterior.probability, minlength=n_classes),
+            np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64),
             residual,
             observed,
             float(posterior.probability @ (posterior.shifts**2).sum(axis=1)),

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from faml_gpu.array_backend import Array, fft_module, namespace
 
-__all__ = ["Support", "full_band", "interpolation_grid", "inverse_transform", "make_support", "transform", "weight_grid"]
+__all__ = [
+    "Support",
+    "full_band",
+    "interpolation_grid",
+    "inverse_transform",
+    "make_support",
+    "transform",
+    "weight_grid",
+]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _is_peak(score: Any, j: int, g: int, a: int) -> bool:
 
 @numba.njit(cache=True)
 def _vertex(score: Any, j: int, g: int, a: int, offset: Any) -> float:
-    """Vertex of the quadratic through the neighbourhood: fills offset (beta, gamma, alpha steps), returns its height."""
+    """Vertex of the quadratic through the neighbourhood: fills offset (beta, gamma, alpha steps), gives its height."""
     v = np.empty((3, 3, 3))
     for dj in range(3):
         for dg in range(3):
@@ -109,9 +109,8 @@ def _vertex(score: Any, j: int, g: int, a: int, offset: Any) -> float:
             offset[axis] = 0.0
             if hessian[axis, axis] < 0:
                 offset[axis] = min(0.5, max(-0.5, -gradient[axis] / hessian[axis, axis]))
-        return centre
-    height: float = centre + 0.5 * (gradient * offset).sum()
-    return height
+        return float(centre)
+    return float(centre + 0.5 * (gradient * offset).sum())
 
 
 @numba.njit(cache=True)

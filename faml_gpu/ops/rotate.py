@@ -38,7 +38,9 @@ def rotate(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
 def _rotate_cpu(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
     real = real_view(grid)
     out = np.empty((len(rotations), len(coords)), grid.dtype)
-    _rotate_loop(real, rotations.astype(real.dtype), coords.astype(real.dtype), real.dtype.type(padding), real_view(out))
+    _rotate_loop(
+        real, rotations.astype(real.dtype), coords.astype(real.dtype), real.dtype.type(padding), real_view(out)
+    )
     return out
 
 
