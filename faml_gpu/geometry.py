@@ -81,7 +81,8 @@ def relion_to_matrix(rot_tilt_psi: ArrayLike) -> Floats:
     (..., 3, 3) float64 array
         `scipy.spatial.transform.Rotation.from_euler("ZYZ", angles, degrees=True).inv()`.
     """
-    return np.swapaxes(euler_to_matrix(np.deg2rad(np.asarray(rot_tilt_psi, dtype=np.float64))), -1, -2)
+    matrices = euler_to_matrix(np.deg2rad(np.asarray(rot_tilt_psi, dtype=np.float64)))
+    return np.ascontiguousarray(np.swapaxes(matrices, -1, -2))
 
 
 def matrix_to_relion(matrices: ArrayLike) -> Floats:

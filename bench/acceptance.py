@@ -1,0 +1,151 @@
+"""The figures an issue asks to be shown, each by one command: python bench/acceptance.py CASE [options].
+
+Cases: groel (100 GroEL-like boxes against the truth), ribosome (share of poses found from a random start),
+insitu (the 40 real ribosomes in ../shared/data), timing (one iteration of 20 boxes). One JSON line per run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from faml_gpu import faml, metrics
+from faml_gpu.data import Checkpoint, best_poses
+from faml_gpu.io.mrc import read_mrc, write_mrc
+from faml_gpu.io.particles import ArrayParticles, open_particles
+from faml_gpu.options import Options
+from faml_gpu.simulate import groel, ribosome, simulate_particles
+
+INSITU = Path(__file__).resolve().parents[2] / "shared" / "data" / "insitu70S"
+
+
+def say(**fields: Any) -> None:
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
+    print(json.dumps(fields | {"machine": f"{platform.machine()} {os.cpu_count()} cores", "load": load}), flush=True)
+
+
+def similarity(volume: np.ndarray, truth: np.ndarray, voxel_size: float, radius: float) -> dict[str, float]:
+    """r with the truth at 20 and 30 Angstrom after global alignment."""
+    return {
+        f"r{resolution}": round(
+            metrics.align_map(volume, truth, voxel_size=voxel_size, mask_radius=radius, resolution=resolution)[2], 4
+        )
+        for resolution in (20, 30)
+    }
+
+
+def groel_case(args: argparse.Namespace) -> None:
+    """100 GroEL-like boxes of 64^3, voxel 6 A, SNR 0.003, +-60 degrees, shifts +-3 voxels, 20 iterations."""
+    phantom = groel()
+    sim = simulate_particles([phantom], [args.n], box=64, voxel_size=6.0, snr=args.snr, max_shift=3.0, seed=args.seed)
+    particles = ArrayParticles(sim.boxes, 6.0, weights=sim.weight)
+    for name in args.runs:
+        if name == "true":
+            options = Options(mask_radius=args.mask)
+            posterior = faml.one_hot(np.zeros(args.n, np.int64), sim.rotations, sim.shifts, 1)
+            maps, seconds, iterations = (
+                faml.final_averages(faml.Plan.make(particles, options), particles, posterior),
+                0.0,
+                0,
+            )
+        else:
+            preset, method = ("default", "fa") if name == "fa" else (name, "faml")
+            options = Options(
+                mask_radius=args.mask, iterations=args.iterations, preset=preset, method=method, seed=args.seed,
+                threads=args.threads, resolution=args.resolution,
+            )  # fmt: skip
+            begin = time.perf_counter()
+            result = faml.run(particles, options)
+            maps, seconds, iterations = result.maps, time.perf_counter() - begin, len(result.history)
+        write_mrc(Path(args.output) / f"groel_{name}_{args.seed}.mrc", maps[0], 6.0)
+        r = similarity(maps[0], sim.truth[0], 6.0, phantom.radius)
+        say(
+            case="groel", run=name, seed=args.seed, n=args.n, snr=args.snr, iterations=iterations, s=round(seconds), **r
+        )
+
+
+def ribosome_case(args: argparse.Namespace) -> None:
+    """Asymmetric phantom, N = 100, voxel 6 A, 64^3, SNR 0.003, random start, 40 A, 10 iterations."""
+    sim = simulate_particles(
+        [ribosome()], [args.n], box=64, voxel_size=6.0, snr=args.snr, max_shift=3.0, seed=args.seed
+    )
+    particles = ArrayParticles(sim.boxes, 6.0, weights=sim.weight)
+    options = Options(mask_radius=150, resolution=40, iterations=10, seed=args.seed, threads=args.threads)
+    shares: list[float] = []
+
+    def after(checkpoint: Checkpoint) -> None:
+        best = best_poses(checkpoint.posterior)
+        angles, _ = metrics.pose_errors(best.rotations, best.shifts, sim.rotations, sim.shifts)
+        shares.append(round(float((angles < 20).mean()), 3))
+
+    begin = time.perf_counter()
+    faml.run(particles, options, on_iteration=after)
+    say(case="ribosome", seed=args.seed, within20=shares, s=round(time.perf_counter() - begin))
+
+
+def insitu_case(args: argparse.Namespace) -> None:
+    """The 40 real ribosomes from their reference at 60 A: share of poses within 20 degrees of the given ones."""
+    particles = open_particles(INSITU / "particles.star")
+    given = open_particles(INSITU / "reference_poses.star", use_poses=True).poses
+    reference, _ = read_mrc(INSITU / "reference_relion_reconstruction.mrc")
+    for resolution in args.resolutions:
+        options = Options(
+            mask_radius=150, resolution=resolution, iterations=args.iterations, seed=args.seed, threads=args.threads
+        )
+        result = faml.run(particles, options, reference=reference, initial_lowpass=60)
+        angles, _ = metrics.pose_errors(result.best.rotations, result.best.shifts, given.rotations, given.shifts)
+        say(case="insitu", resolution=resolution, seed=args.seed, iterations=len(result.history),
+            within20=round(float((angles < 20).mean()), 3))  # fmt: skip
+
+
+def timing_case(args: argparse.Namespace) -> None:
+    """One iteration of 20 boxes, K = 1, full band, 50 candidates: median of several."""
+    for box in args.boxes:
+        for preset in ("default", "paper"):
+            sim = simulate_particles([ribosome()], [20], box=box, voxel_size=384 / box, snr=0.05, seed=args.seed)
+            particles = ArrayParticles(sim.boxes, 384 / box, weights=sim.weight)
+            options = Options(mask_radius=150, preset=preset, seed=args.seed, threads=args.threads, iterations=100)
+            plan = faml.Plan.make(particles, options)
+            object.__setattr__(plan, "r_start", plan.r_final)  # full band at once
+            with faml.cpu_threads(args.threads) as threads:
+                checkpoint = faml.start(plan, particles, None, None, False)
+                checkpoint = faml.iterate(plan, particles, checkpoint)  # compiles, fills the tables
+                seconds = []
+                for _ in range(args.repeats):
+                    begin = time.perf_counter()
+                    checkpoint = faml.iterate(plan, particles, checkpoint)
+                    seconds.append(time.perf_counter() - begin)
+            last = checkpoint.history[-1]
+            say(case="timing", box=box, preset=preset, threads=threads, L=last.bandwidth, r_max=last.r_max,
+                padding=options.padding, candidates=last.candidates, median_s=round(float(np.median(seconds)), 2),
+                min_s=round(min(seconds), 2), steps=last.seconds)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", choices=["groel", "ribosome", "insitu", "timing"])
+    parser.add_argument("--runs", nargs="+", default=["true", "default", "paper", "fa"])
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--snr", type=float, default=0.003)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--mask", type=float, default=100.0, help="mask radius of groel, A")
+    parser.add_argument("--resolution", type=float)
+    parser.add_argument("--resolutions", nargs="+", type=float, default=[40.0])
+    parser.add_argument("--boxes", nargs="+", type=int, default=[32, 64])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", default=".")
+    args = parser.parse_args()
+    {"groel": groel_case, "ribosome": ribosome_case, "insitu": insitu_case, "timing": timing_case}[args.case](args)
+
+
+if __name__ == "__main__":
+    main()
