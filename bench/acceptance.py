@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from faml_gpu import faml, metrics
+from faml_gpu.array_backend import cpu_threads
 from faml_gpu.data import Checkpoint, best_poses
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.options import Options
+from faml_gpu.plan import Plan
+from faml_gpu.posteriors import one_hot
 from faml_gpu.simulate import groel, ribosome, simulate_particles
+from faml_gpu.starting import final_averages
 
 INSITU = Path(__file__).resolve().parents[2] / "shared" / "data" / "insitu70S"
 
@@ -49,9 +53,9 @@ def groel_case(args: argparse.Namespace) -> None:
     for name in args.runs:
         if name == "true":
             options = Options(mask_radius=args.mask)
-            posterior = faml.one_hot(np.zeros(args.n, np.int64), sim.rotations, sim.shifts, 1)
+            posterior = one_hot(np.zeros(args.n, np.int64), sim.rotations, sim.shifts, 1, known=True)
             maps, seconds, iterations = (
-                faml.final_averages(faml.Plan.make(particles, options), particles, posterior),
+                final_averages(Plan.make(particles, options), particles, posterior),
                 0.0,
                 0,
             )
@@ -112,10 +116,10 @@ def timing_case(args: argparse.Namespace) -> None:
             sim = simulate_particles([ribosome()], [20], box=box, voxel_size=384 / box, snr=0.05, seed=args.seed)
             particles = ArrayParticles(sim.boxes, 384 / box, weights=sim.weight)
             options = Options(mask_radius=150, preset=preset, seed=args.seed, threads=args.threads, iterations=100)
-            plan = faml.Plan.make(particles, options)
+            plan = Plan.make(particles, options)
             object.__setattr__(plan, "r_start", plan.r_final)  # full band at once
-            with faml.cpu_threads(args.threads) as threads:
-                checkpoint = faml.start(plan, particles, None, None, False)
+            with cpu_threads(args.threads) as threads:
+                checkpoint = faml.begin(plan, particles, None, False)
                 checkpoint = faml.iterate(plan, particles, checkpoint)  # compiles, fills the tables
                 seconds = []
                 for _ in range(args.repeats):

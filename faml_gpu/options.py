@@ -16,7 +16,8 @@ class Preset:
 
     Attributes
     ----------
-    magnitudes : "centred" subtracts the mean of |X| per shell over the observed voxels, "plain" does not
+    magnitudes : "centred" takes |X| of the masked particle, less its mean per shell over the observed voxels;
+        "plain" takes |X|
     noise : one variance per Fourier "shell", or a "single" one
     band : r_max "growing" over the first 60 % of the iterations, or "full" from the start
     measure : rotations of the Voronoi points from "haar" or uniform "euler" angles

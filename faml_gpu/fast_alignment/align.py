@@ -25,7 +25,8 @@ class Observation:
     """A batch of particles on the active support.
 
     spectra (B, M) complex64: X; weights (W, M) float32: w, of particle b the row weight_index[b] (B,) int64;
-    weight_ids: W names, the same for the same weight in any batch.
+    weight_ids: W names, the same for the same weight in any batch. magnitudes (B, M) float32: what rotational
+    matching takes for |X|, where that is not just |X| (of masked particles).
     """
 
     support: Support
@@ -33,6 +34,7 @@ class Observation:
     weights: Array
     weight_index: Array
     weight_ids: tuple[str, ...]
+    magnitudes: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def normalised_scores(
         squared = correlate(harmonics.coefficients(observation.weights[missing] ** 2 * precision), reference.power)
         for i, c1 in zip(missing, squared, strict=True):
             kept[observation.weight_ids[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
-    magnitude = abs(observation.spectra)
+    magnitude = abs(observation.spectra) if observation.magnitudes is None else observation.magnitudes
     weight = observation.weights[observation.weight_index]
     if centred:
         total, observed = support.shell_sums(magnitude * weight), support.shell_sums(weight)

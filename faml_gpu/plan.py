@@ -1,0 +1,321 @@
+"""The plan of a run: options resolved for the particles, masks, and what each iteration's band needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import fast_alignment, fourier, masks, maximization
+from faml_gpu.data import Batch, ParticleSource, Posterior, Progress
+from faml_gpu.errors import InputError
+from faml_gpu.expectation import BatchPosterior
+from faml_gpu.fast_alignment import Candidates, Observation, Reference, ShiftWindow
+from faml_gpu.fourier import Support
+from faml_gpu.options import Options
+from faml_gpu.posteriors import likeliest
+
+__all__ = ["Band", "Clock", "Plan", "resolve"]
+
+Float32 = NDArray[np.float32]
+
+BATCH_BYTES = 1 << 30  # of working memory a batch of particles may take
+BATCH_PARTICLES = 32
+REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
+SOFT_EDGE = 3.0  # voxels over which masks fall to 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same through a run: resolved options, masks, the schedule of the band."""
+
+    options: Options
+    box: int
+    voxel_size: float
+    mask_radius: float  # voxels
+    max_shift: float  # voxels
+    r_final: int
+    r_start: int
+    mask: Float32
+    batch_size: int
+    initial_lowpass: float | None
+
+    @classmethod
+    def make(cls, particles: ParticleSource, options: Options, initial_lowpass: float | None = None) -> Plan:
+        """Resolve the options for these particles; `InputError` where they do not fit."""
+        n = len(particles)
+        if options.n_classes > n:
+            raise InputError(f"option n_classes: found {options.n_classes}, expected at most the {n} particles")
+        box, resolved = particles.box, resolve(options, particles.box, particles.voxel_size, initial_lowpass)
+        radius, shift = resolved["mask_radius"] / particles.voxel_size, resolved["max_shift"] / particles.voxel_size
+        padded = (box * options.padding) ** 3
+        grid = (4 * resolved["bandwidth"]) * (2 * resolved["bandwidth"]) ** 2
+        each = 4 * (6 * box**3 + 5 * padded + 6 * grid * options.n_classes)
+        return cls(
+            options,
+            box,
+            particles.voxel_size,
+            radius,
+            shift,
+            resolved["r_max"],
+            resolved["r_start"],
+            masks.soft_sphere(box, radius, SOFT_EDGE),
+            int(np.clip(BATCH_BYTES // each, 1, BATCH_PARTICLES)),
+            initial_lowpass,
+        )
+
+    @property
+    def n_shells(self) -> int:
+        """Fourier shells 0 .. ceil(N/2) - 1 of the noise curve."""
+        return fourier.full_band(self.box) + 1
+
+    def rng(self, iteration: int) -> np.random.Generator:
+        """The random numbers of an iteration: from the seed and its number alone, so that a run can be resumed."""
+        return np.random.default_rng([self.options.seed, iteration])
+
+    def r_max(self, iteration: int) -> int:
+        """Radius of the active support: grows linearly over the first 60 % of the iterations, or full at once."""
+        if self.options.choices.band == "full":
+            return self.r_final
+        last = max(1, round(0.6 * self.options.iterations))
+        grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, last - 1)
+        return int(min(self.r_final, np.floor(grown + 1e-9)))
+
+    def bandwidth(self, r_max: int) -> int:
+        """L: given, 36 (`paper`), or enough for the band and the mask, at most 36."""
+        return _bandwidth(self.options, r_max, self.mask_radius / self.box)
+
+    def band(self, iteration: int) -> Band:
+        """What an iteration needs of its band; its averages reach to the band of the next."""
+        return Band(self, self.r_max(iteration), self.r_max(min(iteration + 1, self.options.iterations)))
+
+    def batches(
+        self, particles: ParticleSource, clock: Clock, progress: Progress | None, name: str
+    ) -> Iterator[tuple[Batch, NDArray[np.complex64]]]:
+        """Batches in order, each with the transforms of its normalised boxes."""
+        n = len(particles)
+        for first in range(0, n, self.batch_size):
+            with clock("read"):
+                batch = particles.read(np.arange(first, min(first + self.batch_size, n)))
+                spectra = self.spectra(batch)
+            yield batch, spectra
+            if progress is not None:
+                progress(name, min(first + self.batch_size, n), n)
+
+    def spectra(self, batch: Batch) -> NDArray[np.complex64]:
+        """Transforms (B, N, N, N//2 + 1) of the boxes, normalised and with bright protein."""
+        boxes = -batch.boxes if self.options.invert else batch.boxes
+        if self.options.normalize:
+            boxes = masks.normalise(boxes, self.mask)
+        return np.asarray(fourier.transform(boxes))
+
+    def to_maps(self, averages: NDArray[np.complex128] | NDArray[np.complex64], support: Support) -> Float32:
+        """Maps (K, N, N, N) float32 from averages (K, M); the constant left free puts the background at 0."""
+        maps = fourier.inverse_transform(support.scatter(averages.astype(np.complex64)), self.box)
+        outside = self.mask == 0
+        return np.asarray(maps - maps[:, outside].mean(axis=1)[:, None, None, None])
+
+    def rotate_back(
+        self,
+        posterior: BatchPosterior | Posterior,
+        batch: Batch,
+        spectra: NDArray[np.complex64],
+        support: Support,
+        n_classes: int,
+        *,
+        weigh_twice: bool = False,
+    ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+        """Sums of the M-step over a batch, see `maximization.rotate_back`."""
+        return maximization.rotate_back(
+            spectra,
+            batch.weights,
+            batch.weight_index,
+            self.reach_mask(self.max_shift),
+            posterior,
+            support,
+            self.options.padding,
+            n_classes,
+            weigh_twice=weigh_twice,
+        )
+
+    def reach_mask(self, shift: float) -> Float32:
+        """Soft sphere (N, N, N) that holds the particle wherever a shift of so many voxels puts it."""
+        widest = self.box / 2 - SOFT_EDGE
+        radius = max(self.mask_radius, min(self.mask_radius + min(shift, self.max_shift), widest))
+        return masks.soft_sphere(self.box, radius, SOFT_EDGE)
+
+    def lowpass(self, maps: Float32) -> Float32:
+        """Maps (K, N, N, N) cut off at the initial low-pass, if there is one."""
+        if self.initial_lowpass is None:
+            return maps
+        r = int(np.clip(self.box * self.voxel_size / self.initial_lowpass, 1, fourier.full_band(self.box)))
+        support = fourier.make_support(self.box, r)
+        return self.to_maps(support.gather(fourier.transform(maps)), support)
+
+    def scaled_like(self, volume: Float32, average: Float32) -> Float32:
+        """A map on the particles' grey scale.
+
+        The boxes' poses are not known yet, so what can be matched is the shell-wise mean amplitude near the origin,
+        where the average of unaligned boxes still has the particle's: least squares over the lowest shells.
+        """
+        support = fourier.make_support(self.box, min(2, fourier.full_band(self.box)))
+        a = np.abs(support.gather(fourier.transform(volume * self.mask)))
+        b = np.abs(support.gather(fourier.transform(average * self.mask)))
+        return np.asarray(volume * np.float32((a * b).sum() / max((a * a).sum(), np.finfo(np.float32).tiny)))
+
+
+@dataclass(frozen=True)
+class Band:
+    """One iteration's active support and what hangs on it."""
+
+    plan: Plan
+    r_max: int
+    r_output: int
+    support: Support = field(init=False)
+    output: Support = field(init=False)
+    inside: NDArray[np.bool_] = field(init=False)
+    window: ShiftWindow = field(init=False)
+
+    def __post_init__(self) -> None:
+        support = fourier.make_support(self.plan.box, self.r_max)
+        output = fourier.make_support(self.plan.box, max(self.r_max, self.r_output))
+        object.__setattr__(self, "support", support)
+        object.__setattr__(self, "output", output)
+        object.__setattr__(self, "inside", (output.coords.astype(np.int64) ** 2).sum(axis=1) <= self.r_max**2)
+        object.__setattr__(self, "window", fast_alignment.shift_window(support, self.plan.max_shift))
+
+    def precision(self, sigma2: NDArray[np.float64]) -> Float32:
+        """1 / sigma^2 at each voxel of the support."""
+        return (1 / sigma2[self.support.shell]).astype(np.float32)
+
+    def references(self, maps: Float32) -> tuple[list[Reference], NDArray[np.complex64]]:
+        """The averages ready to be matched, and their transforms (K, M) on the output support."""
+        masked = maps * self.plan.mask
+        padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
+        grids = fourier.interpolation_grid(masked, self.r_max, padding)
+        references = [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
+        return references, self.output.gather(fourier.transform(masked))
+
+    def observe(self, batch: Batch, spectra: NDArray[np.complex64], zeta: float) -> Observation:
+        """The batch on the active support."""
+        gather = self.support.gather
+        weights, magnitudes = gather(batch.weights), None
+        if self.plan.options.choices.magnitudes == "centred":
+            # Without phases nothing says where in the box a signal lies: what is outside the particle's reach, noise
+            # and neighbours, would add to |X| all the same.
+            inside = fourier.inverse_transform(spectra * batch.weights[batch.weight_index], self.plan.box)
+            magnitudes = abs(gather(fourier.transform(inside * self.plan.reach_mask(zeta))))
+        return Observation(self.support, gather(spectra), weights, batch.weight_index, batch.weight_ids, magnitudes)
+
+    def align(
+        self, observation: Observation, reference: Reference, precision: Float32, kept: dict[str, Any]
+    ) -> Candidates:
+        """Step 1 against one class."""
+        centred = self.plan.options.choices.magnitudes == "centred"
+        n = self.plan.options.candidates
+        return fast_alignment.align(observation, reference, precision, self.window, n, centred=centred, kept=kept)
+
+    def refine(
+        self,
+        observation: Observation,
+        references: list[Reference],
+        candidates: list[Candidates],
+        precision: Float32,
+        earlier: Posterior,
+    ) -> list[Candidates]:
+        """Likeliest candidates moved to the likelihood's maximum, the particles' earlier poses among them."""
+        refined = []
+        for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
+            found = fast_alignment.carry_over(found, *likeliest(earlier, k, REFINED))
+            refined.append(fast_alignment.refine(observation, reference, found, precision, REFINED))
+        return refined
+
+    def accumulate(
+        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: NDArray[np.complex64]
+    ) -> maximization.Accumulators:
+        """What a batch adds to the sums of the M-step."""
+        n_classes = posterior.class_probability.shape[1]
+        printed = self.plan.options.choices.update == "printed"
+        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=printed)
+        residual, observed = maximization.noise_sums(
+            posterior, observation.weights, observation.weight_index, self.support
+        )
+        return maximization.Accumulators(
+            sums,
+            weights,
+            np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64),
+            residual,
+            observed,
+            float(posterior.probability @ (posterior.shifts**2).sum(axis=1)),
+            float(posterior.log_likelihood.sum()),
+            len(spectra),
+        )
+
+
+def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: float | None = None) -> dict[str, Any]:
+    """Every option as it will be used, JSON-ready; lengths in Angstrom.
+
+    Raises
+    ------
+    InputError
+        for options that do not fit the box.
+    """
+    resolved: dict[str, Any] = asdict(options) | {"choices": asdict(options.choices)}
+    size = box * voxel_size
+    radius = options.mask_radius if options.mask_radius is not None else 0.4 * size
+    if radius / voxel_size > box / 2 - SOFT_EDGE + 0.5 or radius / voxel_size < 2:
+        high = (box / 2 - SOFT_EDGE + 0.5) * voxel_size
+        raise InputError(
+            f"option mask-radius: found {radius:g} A, expected {2 * voxel_size:g} to {high:g} A in a box of {size:g} A"
+        )
+    shift = options.max_shift if options.max_shift is not None else size / 8
+    if shift / voxel_size > box / 2 - 1:
+        raise InputError(f"option max-shift: found {shift:g} A, expected less than half the box of {size:g} A")
+    nyquist = size / fourier.full_band(box)
+    if options.resolution is not None and not size / options.resolution >= 3:
+        raise InputError(f"option resolution: found {options.resolution:g} A, expected {nyquist:g} to {size / 3:g} A")
+    full = fourier.full_band(box)
+    r_max = full if options.resolution is None else min(full, int(np.floor(size / options.resolution + 1e-6)))
+    # A third of the mask's diameter: what tells orientations apart at the coarsest.
+    r_start = int(np.clip(round(size / (2 * radius / 3)), min(3, r_max), r_max))
+    if initial_lowpass is not None:
+        # A start that knows this much is not thrown back to less.
+        r_start = int(np.clip(size / initial_lowpass, r_start, r_max))
+    if options.choices.band == "full":
+        r_start = r_max
+    return resolved | {
+        "mask_radius": radius,
+        "max_shift": shift,
+        "resolution": size / r_max,
+        "r_max": r_max,
+        "r_start": r_start,
+        "bandwidth": _bandwidth(options, r_max, radius / size),
+        "box": box,
+        "voxel_size": voxel_size,
+    }
+
+
+def _bandwidth(options: Options, r_max: int, relative_radius: float) -> int:
+    if options.bandwidth is not None:
+        return options.bandwidth
+    if options.choices.bandwidth == "fixed":
+        return 36
+    return int(min(36, np.ceil(2 * np.pi * r_max * relative_radius + 2)))
+
+
+class Clock:
+    """Seconds spent per step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -1,0 +1,87 @@
+"""Posteriors put together, taken apart and made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.data import Posterior
+from faml_gpu.expectation import BatchPosterior
+
+__all__ = ["join", "likeliest", "one_hot", "select"]
+
+Int64 = NDArray[np.int64]
+
+
+def one_hot(
+    classes: Int64, rotations: NDArray[np.float64], shifts: NDArray[np.float64], n_classes: int, *, known: bool
+) -> Posterior:
+    """A posterior with all mass of each particle on one class and pose.
+
+    `known` says whether that pose is information, or only how the box lies: then it does not count as significant.
+    """
+    n = len(classes)
+    return Posterior(
+        particle=np.arange(n),
+        class_index=classes.astype(np.int64),
+        rotations=np.ascontiguousarray(rotations, np.float64),
+        shifts=np.ascontiguousarray(shifts, np.float64),
+        probability=np.ones(n),
+        log_likelihood=np.zeros(n),
+        n_significant=np.full(n, int(known), np.int64),
+        class_probability=np.eye(n_classes)[classes],
+    )
+
+
+def join(parts: list[BatchPosterior]) -> Posterior:
+    """The posterior of all particles from those of the batches, in order."""
+    sizes = [len(p.log_likelihood) for p in parts]
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    particle = np.concatenate([p.particle + f for p, f in zip(parts, first, strict=True)])
+
+    def together(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(p, name) for p in parts])
+
+    return Posterior(
+        particle=particle,
+        class_index=together("class_index"),
+        rotations=together("rotations"),
+        shifts=together("shifts"),
+        probability=together("probability"),
+        log_likelihood=together("log_likelihood"),
+        n_significant=np.bincount(particle, minlength=sum(sizes)).astype(np.int64),
+        class_probability=together("class_probability"),
+    )
+
+
+def likeliest(
+    posterior: Posterior, k: int, n: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """The n likeliest known poses of each particle in class k: rotations (B, n, 3, 3), shifts (B, n, 3), count (B,)."""
+    known = posterior.n_significant[posterior.particle] > 0
+    mine = np.nonzero((posterior.class_index == k) & known)[0]
+    mine = mine[np.lexsort((-posterior.probability[mine], posterior.particle[mine]))]
+    particle = posterior.particle[mine]
+    rank = np.arange(len(mine)) - np.searchsorted(particle, particle)
+    mine, particle, rank = mine[rank < n], particle[rank < n], rank[rank < n]
+    size = len(posterior.log_likelihood)
+    rotations, shifts = np.tile(np.eye(3), (size, n, 1, 1)), np.zeros((size, n, 3))
+    rotations[particle, rank], shifts[particle, rank] = posterior.rotations[mine], posterior.shifts[mine]
+    return rotations, shifts, np.bincount(particle, minlength=size)
+
+
+def select(posterior: Posterior, first: int, last: int) -> Posterior:
+    """The part of a posterior that belongs to particles first .. last - 1, numbered from 0."""
+    a, b = np.searchsorted(posterior.particle, [first, last])
+    return Posterior(
+        particle=posterior.particle[a:b] - first,
+        class_index=posterior.class_index[a:b],
+        rotations=posterior.rotations[a:b],
+        shifts=posterior.shifts[a:b],
+        probability=posterior.probability[a:b],
+        log_likelihood=posterior.log_likelihood[first:last],
+        n_significant=posterior.n_significant[first:last],
+        class_probability=posterior.class_probability[first:last],
+    )

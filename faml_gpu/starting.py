@@ -1,0 +1,83 @@
+"""Theta before the first iteration (section 2.4), and averages over a given posterior."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import fourier, maximization
+from faml_gpu.data import Checkpoint, ParticleSource, Poses, Posterior, Progress, State
+from faml_gpu.plan import Clock, Plan
+from faml_gpu.posteriors import one_hot, select
+
+__all__ = ["final_averages", "start"]
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, poses: Poses | None) -> Checkpoint:
+    """Random equal split into K classes, each average the mean of its boxes as they lie, divided by its coverage.
+
+    With `poses`, the boxes lie in these (and in their classes, where those are 1 .. K). A `reference` takes the place
+    of the averages. Both are low-passed as the plan says. Noise from random particles; shifts as wide as the box.
+    """
+    n, n_classes = len(particles), plan.options.n_classes
+    rng = plan.rng(0)
+    classes = rng.permutation(np.arange(n) % n_classes)
+    rotations, shifts = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3))
+    if poses is not None:
+        rotations, shifts = poses.rotations, poses.shifts
+        if poses.classes is not None and set(poses.classes) == set(range(n_classes)):
+            classes = poses.classes
+    posterior = one_hot(classes, rotations, shifts, n_classes, known=poses is not None)
+    maps = final_averages(plan, particles, posterior)
+    # The paper takes one random particle and class; a curve per shell needs a few of them to be smooth.
+    chosen = np.sort(rng.choice(n, min(n, 1 if plan.options.choices.noise == "single" else 20), replace=False))
+    sigma2 = _initial_sigma2(plan, particles, chosen, maps, posterior)
+    if reference is not None:
+        maps = np.repeat(plan.scaled_like(reference, maps.mean(axis=0))[None], n_classes, axis=0)
+    if reference is not None or poses is not None:
+        maps = plan.lowpass(maps)
+    state = State(0, maps, np.full(n_classes, 1 / n_classes), sigma2, float(plan.box))
+    return Checkpoint(state, posterior, [])
+
+
+def _initial_sigma2(
+    plan: Plan, particles: ParticleSource, chosen: Int64, maps: Float32, posterior: Posterior
+) -> NDArray[np.float64]:
+    """Mean of w^2 |X - A|^2 over the observed voxels, per Fourier shell or over all of them."""
+    support = fourier.make_support(plan.box, fourier.full_band(plan.box))
+    batch = particles.read(chosen)
+    spectra = support.gather(plan.spectra(batch))
+    weights = support.gather(batch.weights)[batch.weight_index]
+    average = support.gather(fourier.transform(maps * plan.mask))
+    phases = np.exp(-2j * np.pi / plan.box * posterior.shifts[chosen] @ support.coords.T)
+    lies = np.abs(posterior.rotations[chosen] - np.eye(3)).max(axis=(1, 2)) < 1e-9
+    # A box that does not lie as its average does has no simple difference: all its power counts as noise.
+    model = average[posterior.class_index[chosen]] * phases * lies[:, None]
+    residual = support.shell_sums(weights**2 * np.abs(spectra - model) ** 2).sum(axis=0)
+    observed = support.shell_sums(weights**2).sum(axis=0)
+    flat = np.full(plan.n_shells, residual.sum() / max(observed.sum(), 1.0))
+    if plan.options.choices.noise == "single":
+        return flat
+    return maximization.new_sigma2(residual, observed, flat, per_shell=True)
+
+
+def final_averages(
+    plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
+) -> Float32:
+    """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage."""
+    support = fourier.make_support(plan.box, fourier.full_band(plan.box))
+    n_classes = posterior.class_probability.shape[1]
+    sums = np.zeros((n_classes, len(support)), np.complex128)
+    weights = np.zeros((n_classes, len(support)))
+    done = 0
+    for batch, spectra in plan.batches(particles, Clock(), progress, "averages"):
+        part = select(posterior, done, done + len(spectra))
+        s, w = plan.rotate_back(part, batch, spectra, support, n_classes)
+        sums += s
+        weights += w
+        done += len(spectra)
+    mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
+    return plan.to_maps(maximization.direct_average(sums, weights, mass), support)
