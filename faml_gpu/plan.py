@@ -267,11 +267,11 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
     """
     resolved: dict[str, Any] = asdict(options) | {"choices": asdict(options.choices)}
     size = box * voxel_size
-    radius = options.mask_radius if options.mask_radius is not None else 0.4 * size
-    if radius / voxel_size > box / 2 - SOFT_EDGE + 0.5 or radius / voxel_size < 2:
-        high = (box / 2 - SOFT_EDGE + 0.5) * voxel_size
+    widest = (box / 2 - SOFT_EDGE + 0.5) * voxel_size
+    radius = options.mask_radius if options.mask_radius is not None else min(0.4 * size, widest)
+    if not 2 * voxel_size <= radius <= widest:
         raise InputError(
-            f"option mask-radius: found {radius:g} A, expected {2 * voxel_size:g} to {high:g} A in a box of {size:g} A"
+            f"option mask-radius: found {radius:g} A, expected {2 * voxel_size:g} to {widest:g} A (box of {size:g} A)"
         )
     shift = options.max_shift if options.max_shift is not None else size / 8
     if shift / voxel_size > box / 2 - 1:

@@ -33,7 +33,7 @@ def peaks(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Arra
         alpha, beta, gamma in radians, best first.
     values : (B, n) float64
     count : (B,) int64
-        How many there are; the rest of a row is 0.
+        How many there are, at least 1; the rest of a row is 0.
     """
     if scores.ndim != 4 or scores.shape[2] != scores.shape[3] or scores.shape[3] % 2:
         raise ValueError(f"scores: found shape {scores.shape}, expected (B, n_beta, n_alpha, n_alpha), n_alpha even")
@@ -135,6 +135,9 @@ def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count
                     if _is_peak(score, j, g, a):
                         found.append((j, g, a))
                         heights.append(-score[j, g, a])
+        if len(found) == 0:  # constant all over: any rotation is as good
+            found.append((0, 0, 0))
+            heights.append(-score[0, 0, 0])
         order = np.argsort(np.array(heights), kind="mergesort")
         kept = np.empty((n, 9))
         matrix, offset = np.empty(9), np.empty(3)

@@ -1,0 +1,449 @@
+"""The commands `faml-gpu average | classify | demo | info`: options to calls, progress and errors to the terminal.
+
+Only light modules are imported at the top, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_type_hints
+
+import typer
+from rich.console import Console
+
+from faml_gpu import __version__
+from faml_gpu.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from faml_gpu.data import IterationRecord
+
+__all__ = ["app", "main"]
+
+INPUT_PANEL, START_PANEL, METHOD_PANEL, RUN_PANEL = "Input", "Start", "Method", "Run and output"
+
+app = typer.Typer(
+    help="Average and classify cryo-electron subtomograms without a reference (FAML).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options that `average` and `classify` have in common, as the command line shows them."""
+
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for maps, STAR files and checkpoints.", show_default=False)
+    ]
+
+    tilt_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LO HI",
+            help="Lowest and highest tilt of the tilt series, degrees, such as -60 60: sets the missing wedge. "
+            "Needed unless the STAR file has rlnCtfImage.",
+            rich_help_panel=INPUT_PANEL,
+        ),
+    ] = None
+    tilt_axis: Annotated[
+        Literal["x", "y"],
+        typer.Option(help="Axis of the boxes that the stage tilted about.", rich_help_panel=INPUT_PANEL),
+    ] = "y"
+    voxel_size: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Voxel size, if the files do not say it (or to check what they say).",
+            rich_help_panel=INPUT_PANEL,
+        ),
+    ] = None
+    invert: Annotated[
+        bool,
+        typer.Option("--invert", help="The protein is dark in the boxes (low values).", rich_help_panel=INPUT_PANEL),
+    ] = False
+    normalize: Annotated[
+        bool,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Bring the background of each box to mean 0 and standard deviation 1.",
+            rich_help_panel=INPUT_PANEL,
+        ),
+    ] = True
+
+    use_poses: Annotated[
+        bool,
+        typer.Option(
+            "--use-poses",
+            help="Start from the angles, origins and classes in the STAR file instead of from nothing.",
+            rich_help_panel=START_PANEL,
+        ),
+    ] = False
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MAP",
+            help="Start from this map (.mrc, protein bright; box and voxel size of the particles).",
+            rich_help_panel=START_PANEL,
+        ),
+    ] = None
+    initial_lowpass: Annotated[
+        float | None,
+        typer.Option(metavar="Å", help="Low-pass filter of that start, such as 60.", rich_help_panel=START_PANEL),
+    ] = None
+
+    method: Annotated[
+        Literal["faml", "fa"],
+        typer.Option(
+            help="faml: every particle in several poses and classes, weighted by probability. "
+            "fa: its best pose and class only (the baseline).",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = "faml"
+    preset: Annotated[
+        Literal["default", "paper"],
+        typer.Option(
+            help="default: what works best here. paper: the choices of the publication.", rich_help_panel=METHOD_PANEL
+        ),
+    ] = "default"
+    iterations: Annotated[
+        int, typer.Option(help="Most iterations; stops earlier once nothing changes.", rich_help_panel=METHOD_PANEL)
+    ] = 20
+    mask_radius: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Radius of the soft spherical mask: the particle and a little more.",
+            show_default="0.8 of half the box",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    resolution: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Finest detail used for alignment.",
+            show_default="full band",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    max_shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="How far a particle may lie off the centre of its box.",
+            show_default="an eighth of the box",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    candidates: Annotated[
+        int, typer.Option(help="Most poses tried per particle and class.", rich_help_panel=METHOD_PANEL)
+    ] = 50
+    bandwidth: Annotated[
+        int | None,
+        typer.Option(
+            help="Degree of the spherical harmonics: angular detail of the pose search.",
+            show_default="by resolution and mask, at most 36",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    regularization: Annotated[
+        float,
+        typer.Option(
+            help="0 to 1: how much the classes are pulled together in the first iterations, against one class taking "
+            "all particles.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = 0.0
+    padding: Annotated[
+        int,
+        typer.Option(
+            help="Zero padding when maps are rotated: 3 is more accurate, slower and larger than 2.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = 2
+
+    seed: Annotated[
+        int, typer.Option(help="Same seed, same result. Another one: another random start.", rich_help_panel=RUN_PANEL)
+    ] = 0
+    device: Annotated[
+        str, typer.Option(help="auto or cpu; cuda comes with a later release.", rich_help_panel=RUN_PANEL)
+    ] = "auto"
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel=RUN_PANEL)
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in the output folder (same input and options; more --iterations allowed).",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the run in the output folder; files that no run wrote stay.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
+
+
+INPUT_ARGUMENT = typer.Argument(
+    metavar="INPUT",
+    help="RELION STAR file of 3-D subtomograms, folder of .mrc boxes, or quoted pattern such as 'boxes/*.mrc'.",
+    show_default=False,
+)
+
+
+def _with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Shared` in place of its `**options`: typer reads the signature."""
+    hints = get_type_hints(Shared, include_extras=True)
+    own = inspect.signature(command, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(Shared, option.name, inspect.Parameter.empty),
+            annotation=hints[option.name],
+        )
+        for option in fields(Shared)
+    ]
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"faml-gpu {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_with_shared_options
+def average(particles: Annotated[str, INPUT_ARGUMENT], **options: Any) -> None:
+    """Average subtomograms of one structure in unknown poses."""
+    _run(particles, 1, options)
+
+
+@app.command()
+@_with_shared_options
+def classify(
+    particles: Annotated[str, INPUT_ARGUMENT],
+    n_classes: Annotated[int, typer.Option("--classes", "-k", metavar="K", help="Number of classes.")],
+    **options: Any,
+) -> None:
+    """Sort subtomograms into K classes and average each."""
+    _run(particles, n_classes, options)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("faml_demo"),
+    seed: Annotated[int, typer.Option(help="Of the simulated data and the random start.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in the folder.")] = False,
+) -> None:
+    """Simulate two structures, tell them apart and average them; downloads nothing, takes about two minutes."""
+    with _ending(Resume(None)):
+        from faml_gpu.demo import DEMO, run_demo
+
+        with Display(DEMO.iterations) as display:
+            run_demo(
+                output,
+                seed=seed,
+                threads=threads,
+                overwrite=overwrite,
+                say=display.say,
+                on_iteration=display.iteration,
+            )
+
+
+@app.command()
+def info() -> None:
+    """Versions, processor, memory, and the state of CUDA on this machine."""
+    from faml_gpu.device_info import choose_device, cuda_state, machine, versions
+
+    device, reason = choose_device("auto")
+    lines = versions() | machine() | {"cuda": cuda_state(), "device": f"{device} ({reason})"}
+    for name, value in lines.items():
+        typer.echo(f"{name:<12} {value}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
+    output: Path = options["output"]
+    with _ending(Resume(output)):
+        # Here and not at the top: these take a second or two, which --help need not wait for.
+        from faml_gpu.device_info import choose_device, n_threads
+        from faml_gpu.pipeline import classify
+
+        device, reason = choose_device(options["device"])
+        typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
+        with Display(options["iterations"]) as display:
+            result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
+        if result.converged_at is not None:
+            typer.echo(f"converged at iteration {result.converged_at}")
+        names = [f"run_class{k:03d}.mrc" for k in range(1, len(result.maps) + 1)]
+        typer.echo(
+            f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}"
+        )
+
+
+class Display:
+    """Progress: bars on a terminal, one plain line an iteration in a log."""
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+        self._console = Console(highlight=False)
+        self._bars: Bars | None = None
+        self._shown = ""
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description:<16}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._whole = self._bars.add_task("iterations", total=self._iterations)
+            self._part = self._bars.add_task("preparing", total=1)
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Within an iteration: `done` of `total` of the step `name`."""
+        if self._bars is None:
+            return
+        if name != self._shown:
+            self._shown = name
+            self._bars.reset(self._part, total=max(total, 1), description=name)
+        self._bars.update(self._part, completed=done, total=max(total, 1))
+
+    def iteration(self, record: IterationRecord) -> None:
+        """After an iteration."""
+        now = time.monotonic()
+        line = _iteration_line(record, self._iterations, now - self._started)
+        self._started = now
+        self.say(line)
+        if self._bars is not None:
+            self._bars.update(self._whole, completed=record.iteration)
+
+    def say(self, line: str) -> None:
+        """A line of text, above the bars if there are any."""
+        if self._bars is None:
+            typer.echo(line)
+            sys.stdout.flush()  # a log file shows it now, not at the end
+        else:
+            self._bars.console.print(line, soft_wrap=True)
+
+
+def _iteration_line(record: IterationRecord, iterations: int, seconds: float) -> str:
+    width = len(str(iterations))
+    return (
+        f"{record.iteration:>{width}}/{iterations}  L {record.log_likelihood:.6e}  sigma {record.sigma:.4g}  "
+        f"resolution {record.resolution:.1f} Å  classes {' '.join(map(str, record.class_sizes))}  "
+        f"changed {100 * record.changed_class:.1f} %  poses {record.pose_change:.1f}°  {seconds:.1f} s"
+    )
+
+
+class Resume:
+    """How to go on after an interruption: the command as given, with --resume."""
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+
+    def hint(self) -> str:
+        """What to print."""
+        if self._output is None:
+            return "start again with --overwrite"
+        if not any(self._output.glob("run_it*_checkpoint.json")):
+            return "no iteration was completed: nothing to go on from"
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        if "--resume" not in words:
+            words.append("--resume")
+        return f"go on with: {shlex.join(['faml-gpu', *words])}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: files in the making are cleared away, the lock is released."""
+
+
+@contextmanager
+def _ending(resume: Resume) -> Iterator[None]:
+    """Turn the ways a run can end early into one message on stderr and an exit status."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    def tell(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)  # what we have to say to the user is one of these
+            warnings.showwarning = tell
+            yield
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {resume.hint()}", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except _Terminated:
+        typer.echo(f"terminated; {resume.hint()}", err=True)
+        raise typer.Exit(128 + signal.SIGTERM) from None
+    except Exception as error:
+        from faml_gpu.run_folder import OutputError
+
+        if not isinstance(error, OutputError):
+            raise
+        typer.echo(f"error: {error}\n{resume.hint()}", err=True)
+        raise typer.Exit(2) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

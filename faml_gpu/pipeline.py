@@ -1,0 +1,272 @@
+"""From files to class averages: checks everything first, runs FAML, keeps the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import faml
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
+from faml_gpu.device_info import choose_device, machine, n_threads, versions
+from faml_gpu.errors import InputError
+from faml_gpu.io.mrc import read_mrc
+from faml_gpu.io.particles import open_particles
+from faml_gpu.options import Options
+from faml_gpu.plan import resolve
+from faml_gpu.run_folder import RunFolder
+
+__all__ = ["average", "classify"]
+
+VOXEL_TOLERANCE = 0.01  # relative; headers round, and a calibration off by more shows at 10 A in a large box
+
+PathLike = str | os.PathLike[str]
+
+
+def average(particles: PathLike | ParticleSource, output: PathLike | None = None, **options: Any) -> Result:
+    """The average of subtomograms in unknown poses: `classify` with one class.
+
+    Parameters
+    ----------
+    particles, output, options : see `classify`
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InputError, OutputError
+
+    Examples
+    --------
+    >>> result = faml_gpu.average("particles.star", "average", resolution=30, iterations=10)  # doctest: +SKIP
+    >>> result.maps[0]  # doctest: +SKIP
+    """
+    return classify(particles, 1, output, **options)
+
+
+def classify(
+    particles: PathLike | ParticleSource,
+    n_classes: int,
+    output: PathLike | None = None,
+    *,
+    tilt_range: tuple[float, float] | None = None,
+    tilt_axis: str = "y",
+    voxel_size: float | None = None,
+    use_poses: bool = False,
+    reference: PathLike | NDArray[np.float32] | None = None,
+    initial_lowpass: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_iteration: Callable[[IterationRecord], None] | None = None,
+    **options: Any,
+) -> Result:
+    """Sort subtomograms into classes and average each class.
+
+    Parameters
+    ----------
+    particles : RELION STAR file, folder of .mrc boxes, glob pattern, or a ParticleSource
+    n_classes : K, from 1 to the number of particles
+    output : folder for maps, STAR files, checkpoints and run.json; None writes nothing
+    tilt_range : lowest and highest tilt in degrees, where the input has no 3-D weights (rlnCtfImage) of its own
+    tilt_axis : "y" or "x"
+    voxel_size : Angstrom, where the input does not say it
+    use_poses : start from the poses (and classes) of the STAR file
+    reference : start from this map: a file, or an array `[z, y, x]`; same box and voxel size as the particles
+    initial_lowpass : low-pass of the start, Angstrom (needs `reference` or `use_poses`)
+    resume : go on with the run in `output`: same input and options, `iterations` may be more
+    overwrite : replace the run in `output`
+    progress : called with (step name, done, total) within an iteration
+    on_iteration : called with the record of each completed iteration, after its files are written
+    options : fields of `Options` other than n_classes: iterations, seed, resolution, method, preset ...
+
+    Returns
+    -------
+    Result
+        maps, best pose and class per particle, posteriors, history.
+
+    Raises
+    ------
+    InputError
+        Before any heavy work and before anything in `output` is changed.
+    OutputError
+        `output` cannot be written; what was written before is whole.
+    """
+    chosen = Options(n_classes=n_classes, **options)
+    device, reason = choose_device(chosen.device)
+    if output is None and (resume or overwrite):
+        raise InputError("options resume and overwrite: need an output folder")
+    folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
+    if initial_lowpass is not None:
+        if not initial_lowpass > 0:
+            raise InputError(f"option initial_lowpass: found {initial_lowpass!r}, expected more than 0 A")
+        if reference is None and not use_poses:
+            raise InputError("option initial_lowpass: found no map to filter; give reference or use_poses too")
+
+    data = _Input.open(
+        particles,
+        tilt_range=tilt_range,
+        tilt_axis=tilt_axis,
+        voxel_size=voxel_size,
+        use_poses=use_poses,
+        progress=progress,
+    )
+    source = data.source
+    if n_classes > len(source):
+        raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
+    start_map = None if reference is None else _read_reference(reference, source)
+    resolved = resolve(chosen, source.box, source.voxel_size, initial_lowpass)
+
+    with ExitStack() as stack:
+        checkpoint = None
+        if folder is not None:
+            stack.enter_context(folder)
+            checkpoint = folder.begin(
+                {
+                    "command": sys.argv,
+                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": versions(),
+                    "machine": machine(),
+                    "device": device,
+                    "device_reason": reason,
+                    "threads": n_threads(chosen.threads),
+                    "seed": chosen.seed,
+                    "input": data.description(),
+                    "start": {
+                        "use_poses": use_poses,
+                        "reference": None if start_map is None else hashlib.sha256(start_map.tobytes()).hexdigest(),
+                        "initial_lowpass": initial_lowpass,
+                    },
+                    "options": asdict(chosen),
+                    "resolved": resolved,
+                }
+            )
+
+        def after_iteration(done: Checkpoint) -> None:
+            if folder is not None:
+                folder.write_iteration(done, source)
+            if on_iteration is not None:
+                on_iteration(done.history[-1])
+
+        result = faml.run(
+            source,
+            chosen,
+            reference=start_map,
+            initial_lowpass=initial_lowpass,
+            use_poses=use_poses,
+            checkpoint=checkpoint,
+            on_iteration=after_iteration,
+            progress=progress,
+        )
+        if folder is not None:
+            folder.write_final(result, source)
+    return result
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The particles, opened and checked, and where they came from."""
+
+    source: ParticleSource
+    path: str
+    reading: dict[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        particles: PathLike | ParticleSource,
+        *,
+        tilt_range: tuple[float, float] | None,
+        tilt_axis: str,
+        voxel_size: float | None,
+        use_poses: bool,
+        progress: Progress | None,
+    ) -> _Input:
+        """Open a path or glob; a ParticleSource is taken as it is."""
+        if not isinstance(particles, (str, os.PathLike)):
+            if tilt_range is not None or voxel_size is not None:
+                raise InputError("options tilt_range and voxel_size: belong to files, not to a ParticleSource")
+            if use_poses and particles.poses is None:
+                raise InputError("option use_poses: the particles have no poses")
+            return cls(particles, type(particles).__name__, {})
+        source = open_particles(
+            particles,
+            tilt_range=tilt_range,
+            tilt_axis=tilt_axis,
+            voxel_size=voxel_size,
+            use_poses=use_poses,
+            progress=progress,
+        )
+        for text in source.warnings:
+            warnings.warn(text, stacklevel=4)
+        reading = {
+            "tilt_range": None if tilt_range is None else list(tilt_range),
+            "tilt_axis": tilt_axis,
+            "voxel_size": voxel_size,
+        }
+        return cls(source, os.path.abspath(particles), reading)
+
+    def description(self) -> dict[str, Any]:
+        """JSON-ready; `fingerprint` tells whether a resumed run still sees the same data."""
+        n = len(self.source)
+        return {
+            "path": self.path,
+            "reading": self.reading,
+            "particles": n,
+            "box": self.source.box,
+            "voxel_size": self.source.voxel_size,
+            "fingerprint": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> str:
+        """Of number, size, poses, and three of the boxes with their weights: reading all could take an hour."""
+        n = len(self.source)
+        digest = hashlib.sha256(repr((n, self.source.box, float(self.source.voxel_size))).encode())
+        batch = self.source.read(np.unique(np.array([0, n // 2, n - 1], dtype=np.int64)))
+        arrays: list[NDArray[Any]] = [batch.boxes, batch.weights[batch.weight_index]]
+        poses = self.source.poses
+        if poses is not None:
+            arrays += [poses.rotations, poses.shifts]
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def _read_reference(reference: PathLike | NDArray[np.float32], source: ParticleSource) -> NDArray[np.float32]:
+    """The starting map, if it fits the particles' box and voxel size."""
+    if isinstance(reference, (str, os.PathLike)):
+        name = f"reference {Path(reference)}"
+        volume, voxel = read_mrc(reference)
+        if voxel is None:
+            warnings.warn(f"{name} says no voxel size: taken as {source.voxel_size:g} A", stacklevel=3)
+        elif not abs(voxel / source.voxel_size - 1) <= VOXEL_TOLERANCE:
+            raise InputError(
+                f"{name}: found a voxel size of {voxel:g} A, expected {source.voxel_size:g} A as in the particles; "
+                "resample the map first"
+            )
+    else:
+        name, volume = "reference", np.asarray(reference)
+    expected = (source.box,) * 3
+    if volume.shape != expected:
+        raise InputError(
+            f"{name}: found a box of {volume.shape} voxels, expected {expected} as in the particles; "
+            "crop or pad the map first"
+        )
+    volume = np.ascontiguousarray(volume, dtype=np.float32)
+    if not np.isfinite(volume).all():
+        raise InputError(f"{name}: found NaN or Inf, expected numbers")
+    if np.ptp(volume) == 0:
+        raise InputError(f"{name}: found the same value in every voxel, expected a structure")
+    return volume

@@ -1,0 +1,446 @@
+"""The folder of a run: what is written after each iteration, and what a later process goes on from.
+
+Every file appears at once (written beside its place under another name, then renamed), so that a run that is
+killed, or a disk that is full, leaves only whole files. One process at a time holds the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Posterior, Result, State, best_poses
+from faml_gpu.errors import InputError
+from faml_gpu.geometry import matrix_to_relion
+from faml_gpu.io.atomic import atomic_path
+from faml_gpu.io.mrc import write_mrc
+from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
+
+__all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint"]
+
+FORMAT = 1  # of run.json and of the checkpoints
+CHECKPOINTS_KEPT = 2
+LOCK = ".run.lock"
+
+# All that a run writes, and so all that --overwrite may remove.
+_OURS = re.compile(
+    r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
+    r"|_class\d{3,}\.mrc|_data\.star|\.json)"
+)
+_LEFTOVER = re.compile(r"\.run\w*\.\d+-[0-9a-f]+\.tmp\.\w+")  # of `atomic_path` in a process that was killed
+_CHECKPOINT = re.compile(r"run_it(\d{3,})_checkpoint\.json")
+
+# Options that a resumed run may change: `iterations` only upwards, the others with a note.
+_FREE = ("device", "threads")
+
+
+class OutputError(RuntimeError):
+    """The output folder cannot be written (disk full, no permission): names the file and the reason."""
+
+
+class RunFolder:
+    """The output folder of one run; a context manager that holds its lock.
+
+    Parameters
+    ----------
+    path : the folder; made if missing
+    resume : go on with the run that is there
+    overwrite : remove the files of the run that is there (never any other file)
+
+    Raises
+    ------
+    InputError
+        On entering: the folder holds a run and neither `resume` nor `overwrite` is set, `resume` is set and there is
+        no run, another process holds it, or it is not a folder. Nothing has been changed then.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise InputError("options resume and overwrite: found both, expected at most one")
+        self.path = Path(path)
+        self._resume = resume
+        self._overwrite = overwrite
+        self._lock: int | None = None
+        self._facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output {self.path}: found a file, expected a folder")
+        if self._resume and not (self.path / "run.json").is_file():
+            raise InputError(f"output {self.path}: found no run to go on with (no run.json); leave --resume out")
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _acquire(self.path / LOCK)
+        try:
+            if not (self._resume or self._overwrite) and self._our_files():
+                raise InputError(
+                    f"output {self.path}: found another run ({len(self._our_files())} files), expected a folder "
+                    "without one; give --resume to go on with it, --overwrite to replace it, or another folder"
+                )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)  # while still locked: nobody else holds this file
+            os.close(self._lock)
+            self._lock = None
+
+    def begin(self, facts: Mapping[str, Any]) -> Checkpoint | None:
+        """Start or go on: checks `facts` against the run that is there and writes run.json.
+
+        Parameters
+        ----------
+        facts : JSON-ready
+            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`.
+
+        Returns
+        -------
+        The last whole checkpoint of the run to go on with, or None to start from the beginning.
+
+        Raises
+        ------
+        InputError
+            The run that is there had other options or other input, or all its checkpoints are damaged.
+        """
+        checkpoint = None
+        if self._resume:
+            _check_agreement(self._read_run_json(), facts)
+            checkpoint = self._newest_checkpoint()
+        elif self._overwrite:
+            for path in self._our_files():
+                path.unlink()
+        for path in self.path.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink()
+        self._facts = {"format": FORMAT, **facts}
+        self._write_run_json("running", checkpoint.history if checkpoint else [])
+        return checkpoint
+
+    def write_iteration(self, checkpoint: Checkpoint, source: ParticleSource) -> None:
+        """Maps, STAR files and then the checkpoint of a completed iteration.
+
+        Raises
+        ------
+        OutputError
+            Nothing written earlier is lost.
+        """
+        stem = f"run_it{checkpoint.state.iteration:03d}"
+        self._write_maps(stem, checkpoint.state.maps, source.voxel_size)
+        self._write_data(stem, checkpoint.posterior, source)
+        with _writing(self.path / f"{stem}_model.star"):
+            _write_model(self.path / f"{stem}_model.star", stem, checkpoint, source)
+        write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
+        self._write_run_json("running", checkpoint.history)
+        for iteration in self._checkpoints()[CHECKPOINTS_KEPT:]:
+            for suffix in (".json", ".npz"):  # the JSON first: without it the npz is no checkpoint
+                (self.path / f"run_it{iteration:03d}_checkpoint{suffix}").unlink(missing_ok=True)
+
+    def write_final(self, result: Result, source: ParticleSource) -> None:
+        """The final maps and STAR file.
+
+        Raises
+        ------
+        OutputError
+            Nothing written earlier is lost.
+        """
+        self._write_maps("run", result.maps, result.voxel_size)
+        self._write_data("run", result.posterior, source)
+        self._facts["converged_at"] = result.converged_at
+        self._write_run_json("finished", result.history)
+
+    def has_checkpoint(self) -> bool:
+        """Whether a later process has something to go on from."""
+        return bool(self._checkpoints())
+
+    def _our_files(self) -> list[Path]:
+        return sorted(path for path in self.path.iterdir() if _OURS.fullmatch(path.name))
+
+    def _checkpoints(self) -> list[int]:
+        found = (_CHECKPOINT.fullmatch(path.name) for path in self.path.iterdir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        iterations = self._checkpoints()
+        for iteration in iterations:
+            stem = self.path / f"run_it{iteration:03d}_checkpoint"
+            try:
+                return read_checkpoint(stem)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                warnings.warn(f"checkpoint {stem}.json is damaged and left out: {error}", stacklevel=4)
+        if iterations:
+            raise InputError(
+                f"output {self.path}: all {len(iterations)} checkpoints are damaged; start again with --overwrite"
+            )
+        warnings.warn(f"{self.path} holds no checkpoint yet: starting from the beginning", stacklevel=4)
+        return None
+
+    def _read_run_json(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); start again with --overwrite") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise InputError(f"{path}: found format {found!r}, expected {FORMAT}; start again with --overwrite")
+        return content
+
+    def _write_run_json(self, status: str, history: list[IterationRecord]) -> None:
+        content = {**self._facts, "status": status, "iterations": [asdict(record) for record in history]}
+        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        _replace(self.path / "run.json", text.encode() + b"\n")
+
+    def _write_maps(self, stem: str, maps: NDArray[np.float32], voxel_size: float) -> None:
+        for k, volume in enumerate(maps, start=1):
+            path = self.path / f"{stem}_class{k:03d}.mrc"
+            with _writing(path):
+                write_mrc(path, volume, voxel_size)
+
+    def _write_data(self, stem: str, posterior: Posterior, source: ParticleSource) -> None:
+        path = self.path / f"{stem}_data.star"
+        with _writing(path):
+            write_particles_star(path, _table(source), particle_columns(posterior, source.voxel_size))
+
+
+def _table(source: ParticleSource) -> ParticleTable:
+    """The table the particles came with; one with made-up names for a source that has none."""
+    table: ParticleTable | None = getattr(source, "table", None)
+    if table is None:
+        names = tuple(f"{i:06d}@particles" for i in range(1, len(source) + 1))
+        table = FreshTable(names, source.voxel_size, source.box)
+    return table
+
+
+def particle_columns(posterior: Posterior, voxel_size: float) -> dict[str, NDArray[Any]]:
+    """RELION's columns of each particle's best class and pose; angles in degrees, origins in Angstrom."""
+    best = best_poses(posterior)
+    angles = matrix_to_relion(best.rotations)
+    origins = -best.shifts * voxel_size
+    return {
+        "rlnAngleRot": angles[:, 0],
+        "rlnAngleTilt": angles[:, 1],
+        "rlnAnglePsi": angles[:, 2],
+        "rlnOriginXAngst": origins[:, 0],
+        "rlnOriginYAngst": origins[:, 1],
+        "rlnOriginZAngst": origins[:, 2],
+        "rlnClassNumber": best.classes + 1,
+        "rlnMaxValueProbDistribution": best.probability,
+        "rlnNrOfSignificantSamples": posterior.n_significant,
+        "rlnLogLikeliContribution": posterior.log_likelihood,
+    }
+
+
+def write_checkpoint(stem: Path, checkpoint: Checkpoint) -> None:
+    """`stem`.npz with all numbers and `stem`.json with its checksum; the JSON last, it makes the checkpoint valid.
+
+    Raises
+    ------
+    OutputError
+    """
+    arrays: dict[str, Any] = {f"state_{f.name}": getattr(checkpoint.state, f.name) for f in fields(State)}
+    arrays |= {f"posterior_{f.name}": getattr(checkpoint.posterior, f.name) for f in fields(Posterior)}
+    arrays["history"] = np.array(json.dumps([asdict(record) for record in checkpoint.history]))
+    buffer = BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    content = buffer.getvalue()
+    description = {
+        "format": FORMAT,
+        "iteration": checkpoint.state.iteration,
+        "file": f"{stem.name}.npz",
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    _replace(stem.with_name(f"{stem.name}.npz"), content)
+    _replace(stem.with_name(f"{stem.name}.json"), json.dumps(description, indent=1).encode() + b"\n")
+
+
+def read_checkpoint(stem: Path) -> Checkpoint:
+    """What `write_checkpoint` wrote, bit for bit.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError, OSError
+        A file is missing or not what was written.
+    """
+    description = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
+    if description["format"] != FORMAT:
+        raise ValueError(f"format {description['format']!r}, expected {FORMAT}")
+    content = stem.with_name(f"{stem.name}.npz").read_bytes()
+    if hashlib.sha256(content).hexdigest() != description["sha256"]:
+        raise ValueError(f"the checksum of {stem.name}.npz is not the one in the JSON")
+    with np.load(BytesIO(content), allow_pickle=False) as arrays:
+        state = State(**{f.name: _plain(arrays[f"state_{f.name}"]) for f in fields(State)})
+        posterior = Posterior(**{f.name: arrays[f"posterior_{f.name}"] for f in fields(Posterior)})
+        history = [IterationRecord(**record) for record in json.loads(str(arrays["history"]))]
+    return Checkpoint(state, posterior, history)
+
+
+def _plain(array: NDArray[Any]) -> Any:
+    """Scalars were Python numbers before they were saved."""
+    return array.item() if array.ndim == 0 else array
+
+
+def _check_agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other options or other data."""
+    old, new = before.get("options", {}), now["options"]
+    for name, value in new.items():
+        found = old.get(name)
+        if name == "iterations":
+            if found is not None and value < found:
+                raise InputError(f"option iterations: found {value}, expected at least the {found} of the run resumed")
+        elif name in _FREE:
+            if found != value:
+                warnings.warn(
+                    f"the run resumed had {name} {found!r}, now {value!r}: figures may differ in the last digits",
+                    stacklevel=4,
+                )
+        elif found != value:
+            raise InputError(f"option {name}: found {value!r}, expected {found!r} as in the run resumed")
+    for name, value in now["start"].items():
+        found = before.get("start", {}).get(name)
+        if found != value:
+            raise InputError(f"start ({name}): found {value!r}, expected {found!r} as in the run resumed")
+    if before.get("input", {}).get("fingerprint") != now["input"]["fingerprint"]:
+        raise InputError(
+            f"input {now['input']['path']}: not the data of the run resumed "
+            f"({before.get('input', {}).get('path')}): other particles, weights or voxel size"
+        )
+    for name, value in now["versions"].items():
+        found = before.get("versions", {}).get(name)
+        if found != value:
+            warnings.warn(f"the run resumed was made with {name} {found}, this is {value}", stacklevel=4)
+
+
+def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: ParticleSource) -> None:
+    """The parameters of the model: RELION's names where it has them, faml... otherwise."""
+    state, record = checkpoint.state, checkpoint.history[-1]
+    n_classes, box = len(state.maps), source.box
+    shells = np.arange(len(state.sigma2))
+    blocks: dict[str, dict[str, Any]] = {
+        "model_general": {
+            "rlnReferenceDimensionality": 3,
+            "rlnOriginalImageSize": box,
+            "rlnPixelSize": source.voxel_size,
+            "rlnNrClasses": n_classes,
+            "rlnCurrentIteration": state.iteration,
+            "rlnCurrentResolution": record.resolution,
+            "rlnSigmaOffsetsAngst": state.zeta * source.voxel_size,
+            "rlnLogLikelihood": record.log_likelihood,
+            "famlSigma": record.sigma,
+            "famlRMax": record.r_max,
+            "famlBandwidth": record.bandwidth,
+            "famlCandidates": record.candidates,
+            "famlChangedClass": record.changed_class,
+            "famlPoseChange": record.pose_change,
+            "famlNearIdentity": record.near_identity,
+            "famlConverged": int(record.converged),
+        },
+        "model_classes": {
+            "rlnReferenceImage": [f"{stem}_class{k:03d}.mrc" for k in range(1, n_classes + 1)],
+            "rlnClassDistribution": state.alpha,
+            "famlClassSize": record.class_sizes,
+            "famlFourierCoverage": record.coverage,
+            "famlMapCorrelation": record.map_correlation,
+        },
+        "model_noise": {
+            "rlnSpectralIndex": shells,
+            "rlnResolution": shells / (box * source.voxel_size),
+            "rlnSigma2Noise": state.sigma2,
+        },
+        "model_seconds": {
+            "famlStep": list(record.seconds),
+            "famlSeconds": list(record.seconds.values()),
+        },
+    }
+    write_star(path, {name: items for name, items in blocks.items() if name != "model_seconds" or record.seconds})
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _acquire(path: Path) -> int:
+    """An exclusive lock, which the system releases when the process ends, however it ends.
+
+    A lock file of a process that was killed is taken over; the loop is for one removed between open and lock.
+    """
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 200).decode(errors="replace").strip()
+            os.close(lock)
+            raise InputError(f"output {path.parent}: found it in use by {holder or 'another process'}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(lock)
+                raise
+            # Some cluster file systems are mounted without locks: better to run than to refuse.
+            warnings.warn(
+                f"{path.parent} cannot be locked ({error.strerror}): run only one process in it", stacklevel=3
+            )
+            return lock
+        try:
+            same = os.path.samestat(os.fstat(lock), os.stat(path))
+        except FileNotFoundError:
+            same = False
+        if same:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return lock
+        os.close(lock)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise OutputError(f"cannot write {path}: {reason}. What was written before is kept.") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that is seen whole or not at all, even if power fails."""
+    with _writing(path):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too
+        finally:
+            os.close(folder)

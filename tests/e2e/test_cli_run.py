@@ -1,0 +1,143 @@
+"""The commands as a user runs them: what they print and what they leave."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+import starfile
+from typer.testing import CliRunner
+
+import faml_gpu
+from faml_gpu import device_info
+from faml_gpu.cli import Shared, app
+from faml_gpu.options import Options
+
+FLAGS = shlex.split("--tilt-range -60 60 --iterations 2 --bandwidth 6 --candidates 4 --mask-radius 120")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, env={"TERM": "dumb", "COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
+def test_classify_leaves_what_is_promised(small_star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = run("classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS)
+    lines = [line for line in printed.splitlines() if re.match(r"[12]/2 ", line)]
+    assert len(lines) == 2
+    for word in ("L ", "sigma ", "resolution ", "classes ", "changed ", " s"):
+        assert word in lines[0]
+
+    names = {path.name for path in out.iterdir()}
+    expected = {"run.json", "run_data.star", "run_class001.mrc", "run_class002.mrc"}
+    for i in (1, 2):
+        expected |= {f"run_it00{i}_{rest}" for rest in ("class001.mrc", "class002.mrc", "data.star", "model.star")}
+        expected |= {f"run_it00{i}_checkpoint.{suffix}" for suffix in ("json", "npz")}
+    assert names == expected
+
+    with mrcfile.open(out / "run_class001.mrc") as mrc:
+        assert mrc.header.mode == 2
+        assert mrc.data.shape == (16, 16, 16)
+        assert float(mrc.voxel_size.x) == pytest.approx(24.0)
+    particles = starfile.read(out / "run_data.star")["particles"]
+    given = starfile.read(small_star)["particles"]
+    assert list(particles["rlnImageName"]) == list(given["rlnImageName"])
+    assert set(particles["rlnClassNumber"]) <= {1, 2}
+    assert {"rlnAngleRot", "rlnOriginXAngst", "rlnLogLikeliContribution", "rlnNrOfSignificantSamples"} <= set(particles)
+    about = json.loads((out / "run.json").read_text())
+    assert about["status"] == "finished"
+    assert about["resolved"]["mask_radius"] == 120
+    assert about["input"]["particles"] == 6
+    assert [row["r_max"] for row in about["iterations"]]
+    assert about["versions"]["numpy"] == np.__version__
+
+
+def test_python_gives_what_the_command_writes(small_star: Path, tmp_path: Path) -> None:
+    run("average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS)
+    result = faml_gpu.average(
+        small_star, tilt_range=(-60, 60), iterations=2, bandwidth=6, candidates=4, mask_radius=120
+    )
+    with mrcfile.open(tmp_path / "out/run_class001.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, result.maps[0])
+    assert result.best.rotations.shape == (6, 3, 3)
+    assert len(result.history) == 2
+
+
+def test_folder_and_pattern_give_the_same(small_star: Path, tmp_path: Path) -> None:
+    folder = small_star.parent / "particles"
+    maps = []
+    for name, given in (("a", str(folder)), ("b", f"{folder}/*.mrc"), ("c", str(small_star))):
+        run("average", given, "-o", str(tmp_path / name), *FLAGS)
+        maps.append((tmp_path / name / "run_class001.mrc").read_bytes())
+    assert maps[0] == maps[1] == maps[2]
+
+
+def test_overwrite(small_star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS)
+    (out / "notes.txt").write_text("mine")
+    run("average", str(small_star), "-o", str(out), *FLAGS, "--overwrite")
+    assert not (out / "run_class002.mrc").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_start_from_a_reference(small_star: Path, tmp_path: Path) -> None:
+    truth = small_star.parent / "truth_ribosome.mrc"
+    arguments = ["--reference", str(truth), "--initial-lowpass", "80"]
+    run("average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, *arguments)
+    about = json.loads((tmp_path / "out/run.json").read_text())
+    assert about["start"]["initial_lowpass"] == 80
+    assert len(about["start"]["reference"]) == 64
+
+
+def test_start_from_poses(small_star: Path, tmp_path: Path) -> None:
+    run("average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--use-poses")
+    assert json.loads((tmp_path / "out/run.json").read_text())["start"]["use_poses"] is True
+
+
+def test_command_line_defaults_are_the_options_defaults() -> None:
+    shown = {field.name: field.default for field in fields(Shared)}
+    for field in fields(Options):
+        if field.name != "n_classes":
+            assert shown[field.name] == field.default, field.name
+
+
+def test_help_names_every_option() -> None:
+    text = run("classify", "--help")
+    for name in shlex.split(
+        "--iterations --seed --device --threads --tilt-range --tilt-axis --voxel-size --mask-radius --resolution "
+        "--bandwidth --candidates --max-shift --method --preset --regularization --padding --use-poses --reference "
+        "--initial-lowpass --resume --overwrite --invert --no-normalize --classes --output"
+    ):
+        assert name in text
+
+
+def test_version_and_info() -> None:
+    assert run("--version").strip() == f"faml-gpu {faml_gpu.__version__}"
+    text = run("info")
+    for word in ("numpy", np.__version__, "cpu", "threads", "memory", "cuda", "device"):
+        assert word in text
+
+
+def test_no_arguments_shows_help() -> None:
+    command = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "classify" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cuda_state_survives_a_broken_cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert "libcuda.so.1" in device_info.cuda_state()

@@ -1,0 +1,203 @@
+"""A run that was stopped, however, goes on to the result of the unbroken one, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import faml_gpu
+from faml_gpu.cli import app
+from faml_gpu.data import IterationRecord
+from faml_gpu.errors import InputError
+from faml_gpu.run_folder import read_checkpoint
+
+ITERATIONS = 5
+OPTIONS: dict[str, Any] = {
+    "tilt_range": (-60.0, 60.0),
+    "iterations": ITERATIONS,
+    "bandwidth": 6,
+    "candidates": 4,
+    "mask_radius": 120.0,
+    "seed": 3,
+}
+FLAGS = shlex.split("--tilt-range -60 60 --iterations 5 --bandwidth 6 --candidates 4 --mask-radius 120 --seed 3")
+MAIN = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
+Contents = Callable[[Path], dict[str, bytes]]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All a run computed: maps and STAR files (timings apart), and the arrays of the last checkpoint."""
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".mrc" or p.name.endswith("_data.star")}
+    for path in folder.glob("*_model.star"):
+        found[path.name] = path.read_bytes().partition(b"data_model_seconds")[0]
+    for path in folder.glob("*_checkpoint.npz"):
+        with np.load(path) as arrays:
+            found |= {f"{path.name} {key}": arrays[key].tobytes() for key in arrays.files if key != "history"}
+    return found
+
+
+@pytest.fixture
+def unbroken(small_star: Path, tmp_path: Path) -> dict[str, bytes]:
+    faml_gpu.classify(small_star, 2, tmp_path / "unbroken", **OPTIONS)
+    found = results(tmp_path / "unbroken")
+    assert {"run_class002.mrc", "run_data.star", f"run_it{ITERATIONS:03d}_class001.mrc"} <= found.keys()
+    return found
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(iteration: int) -> Callable[[IterationRecord], None]:
+    def stop(record: IterationRecord) -> None:
+        if record.iteration == iteration:
+            raise StopError
+
+    return stop
+
+
+@pytest.mark.parametrize("iteration", [1, ITERATIONS - 1, ITERATIONS])
+def test_resumed_equals_unbroken(iteration: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        faml_gpu.classify(small_star, 2, out, on_iteration=stop_after(iteration), **OPTIONS)
+    assert not (out / "run_class001.mrc").exists()
+    seen: list[int] = []
+    result = faml_gpu.classify(
+        small_star, 2, out, resume=True, on_iteration=lambda record: seen.append(record.iteration), **OPTIONS
+    )
+    assert seen == list(range(iteration + 1, ITERATIONS + 1))
+    assert [record.iteration for record in result.history] == list(range(1, ITERATIONS + 1))
+    assert results(out) == unbroken
+
+
+def test_another_seed_is_another_result(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    """What the comparison above rests on: it can tell runs apart."""
+    faml_gpu.classify(small_star, 2, tmp_path / "out", **{**OPTIONS, "seed": 4})
+    assert results(tmp_path / "out")["run_class001.mrc"] != unbroken["run_class001.mrc"]
+
+
+def test_damaged_newest_checkpoint(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        faml_gpu.classify(small_star, 2, out, on_iteration=stop_after(3), **OPTIONS)
+    damaged = out / "run_it003_checkpoint.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="run_it003_checkpoint.json is damaged"):
+        faml_gpu.classify(small_star, 2, out, resume=True, **OPTIONS)
+    assert results(out) == unbroken
+
+
+def test_more_iterations(small_star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    faml_gpu.classify(small_star, 2, out, **OPTIONS)
+    result = faml_gpu.classify(small_star, 2, out, resume=True, **{**OPTIONS, "iterations": ITERATIONS + 1})
+    assert result.state.iteration in (ITERATIONS, ITERATIONS + 1)
+    assert json.loads((out / "run.json").read_text())["options"]["iterations"] == ITERATIONS + 1
+
+
+def test_other_data_are_refused(small_star: Path, tmp_path: Path, contents: Contents) -> None:
+    out = tmp_path / "out"
+    faml_gpu.classify(small_star, 2, out, **OPTIONS)
+    before = contents(out)
+    with pytest.raises(InputError, match="not the data of the run resumed"):
+        faml_gpu.classify(small_star, 2, out, resume=True, **{**OPTIONS, "tilt_range": (-50.0, 60.0)})
+    with pytest.raises(InputError, match="option n_classes: found 3, expected 2"):
+        faml_gpu.classify(small_star, 3, out, resume=True, **OPTIONS)
+    assert contents(out) == before
+
+
+def started(star: Path, out: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, in the middle of its run."""
+    command = [*MAIN, "classify", str(star), "-k", "2", "-o", str(out), *FLAGS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not (out / "run_it002_checkpoint.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no second iteration within two minutes"
+        time.sleep(0.002)
+    return process
+
+
+def test_sigkill(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    process = started(small_star, out)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "run_class001.mrc").exists()
+    command = [*MAIN, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS, "--resume"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert results(out) == unbroken
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(
+    number: signal.Signals, status: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    process = started(small_star, out)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert not (out / "run_class001.mrc").exists()
+    assert not list(out.glob(".*"))
+    # The line it prints is the command to go on with, word for word.
+    words = shlex.split(errors.partition("go on with: ")[2])
+    assert words[0] == "faml-gpu"
+    subprocess.run([*MAIN, *words[1:]], check=True, capture_output=True)
+    assert results(out) == unbroken
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5, 6, 7, 8, 13, 20])
+def test_disk_full(
+    writes: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full after some files; whatever is there is whole, and the run goes on once there is room."""
+    out = tmp_path / "out"
+    arguments = ["classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS]
+    left = writes
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal left
+        if Path(target).parent == out:
+            if left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left -= 1
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        patch.setattr(sys, "argv", ["faml-gpu", *arguments])
+        result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 2
+    assert "disk is full" in result.stderr
+    assert str(out) in result.stderr
+    assert not list(out.glob(".*"))
+    for path in out.glob("*.mrc"):
+        assert path.read_bytes() == unbroken[path.name]
+    checkpoints = sorted(out.glob("*_checkpoint.json"))
+    for path in checkpoints:
+        read_checkpoint(path.with_suffix(""))
+    assert ("go on with: faml-gpu classify" in result.stderr) == bool(checkpoints)
+    if writes:
+        again = CliRunner().invoke(app, [*arguments, "--resume"])
+        assert again.exit_code == 0, again.output
+        assert results(out) == unbroken
