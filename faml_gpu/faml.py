@@ -162,8 +162,7 @@ def maximize(
     maps = plan.to_maps(averages, band.output)
     for k in np.nonzero(total.mass <= 0)[0]:
         maps[k] = old.maps[k]  # an empty class keeps its average, to be won back
-    pull = options.regularization * max(0.0, 1 - old.iteration / options.iterations)
-    maps += np.float32(pull) * (maps.mean(axis=0) - maps)
+    maps = plan.regularise(maps, total.mass, old.iteration + 1)
     return State(
         iteration=old.iteration + 1,
         maps=maps,

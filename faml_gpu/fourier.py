@@ -93,7 +93,7 @@ def make_support(box: int, r_max: int) -> Support:
     z, y, x = np.meshgrid(k, k, np.arange(r_max + 1), indexing="ij")
     # Of each pair (xi, -xi): x > 0, or x = 0 and (y > 0, or y = 0 and z > 0).
     half = (x > 0) | (y > 0) | ((y == 0) & (z > 0))
-    half &= ~((x == 0) & (y < 0)) & (x * x + y * y + z * z <= r_max * r_max)
+    half &= x * x + y * y + z * z <= r_max * r_max
     coords = np.stack([x[half], y[half], z[half]], axis=1).astype(np.int32)
     shell = np.rint(np.sqrt((coords.astype(np.float64) ** 2).sum(axis=1))).astype(np.int32)
     order = np.argsort(shell, kind="stable")

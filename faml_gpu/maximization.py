@@ -183,13 +183,14 @@ def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[
 def new_sigma2(
     residual: NDArray[np.float64], observed: NDArray[np.float64], old: NDArray[np.float64], *, per_shell: bool
 ) -> NDArray[np.float64]:
-    """Noise variance per Fourier shell (Eq. 12); shells without an observed voxel keep the old value.
+    """Noise variance per Fourier shell (Eq. 12); where no voxel is observed it keeps the old value.
 
     residual, observed (r_max + 1,); old (S,). A single sigma is the same value on all S shells.
     """
     new = old.copy()
     if not per_shell:
-        new[:] = residual.sum() / max(observed.sum(), 1.0)
+        if observed.sum() > 0:
+            new[:] = residual.sum() / observed.sum()
     else:
         seen = np.nonzero(observed > 0)[0]
         new[seen] = residual[seen] / observed[seen]

@@ -25,6 +25,7 @@ class Preset:
         one step, or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of
         the way (and interpolates w and w X apart)
     poses : candidates "refined" by the likelihood, last iteration's among them, or as found on the "grid" of c~
+    regularization : default of the option
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
     """
 
@@ -34,12 +35,13 @@ class Preset:
     measure: Literal["haar", "euler"]
     update: Literal["ratio", "printed"]
     poses: Literal["refined", "grid"]
+    regularization: float
     bandwidth: Literal["rule", "fixed"]
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "ratio", "refined", "rule"),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "grid", "fixed"),
+    "default": Preset("centred", "shell", "growing", "haar", "ratio", "refined", 1.0, "rule"),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "grid", 0.0, "fixed"),
 }
 
 
@@ -61,7 +63,8 @@ class Options:
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)
-    regularization : pull of the averages towards their mean in the first iteration, 0 .. 1, falls linearly to 0
+    regularization : pull of the averages towards their mean, in particles that show the mean per particle of a class
+        of average size, at the start; falls to 0 over the first 60 % of the iterations (default: by preset)
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : subtract the mean and divide by the standard deviation outside the mask
@@ -79,7 +82,7 @@ class Options:
     bandwidth: int | None = None
     candidates: int = 50
     max_shift: float | None = None
-    regularization: float = 0.0
+    regularization: float | None = None
     padding: int = 2
     invert: bool = False
     normalize: bool = True
@@ -97,7 +100,12 @@ class Options:
             (self.bandwidth is None or 4 <= self.bandwidth <= 128, "bandwidth", self.bandwidth, "4 to 128"),
             (1 <= self.candidates <= 1000, "candidates", self.candidates, "1 to 1000"),
             (self.max_shift is None or self.max_shift >= 0, "max_shift", self.max_shift, "0 A or more"),
-            (0 <= self.regularization <= 1, "regularization", self.regularization, "0 to 1"),
+            (
+                self.regularization is None or 0 <= self.regularization <= 100,
+                "regularization",
+                self.regularization,
+                "0 to 100",
+            ),
             (self.padding in (1, 2, 3, 4), "padding", self.padding, "1, 2, 3 or 4"),
         ]
         for valid, name, found, expected in checks:

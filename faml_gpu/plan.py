@@ -44,6 +44,7 @@ class Plan:
     mask: Float32
     batch_size: int
     initial_lowpass: float | None
+    regularization: float
 
     @classmethod
     def make(cls, particles: ParticleSource, options: Options, initial_lowpass: float | None = None) -> Plan:
@@ -67,6 +68,7 @@ class Plan:
             masks.soft_sphere(box, radius, SOFT_EDGE),
             int(np.clip(BATCH_BYTES // each, 1, BATCH_PARTICLES)),
             initial_lowpass,
+            resolved["regularization"],
         )
 
     @property
@@ -142,6 +144,21 @@ class Plan:
             n_classes,
             weigh_twice=weigh_twice,
         )
+
+    def regularise(self, maps: Float32, mass: NDArray[np.float64], iteration: int) -> Float32:
+        """Averages pulled towards their common mean (Scheres 2009), as if each had some more particles that show it.
+
+        How many falls to 0 while the band grows. A class with few particles is pulled most: its own noise would
+        otherwise count against it for every particle, and it could win none back.
+        """
+        last = 0.6 * self.options.iterations
+        weight = self.regularization * max(0.0, 1 - iteration / last)
+        if weight == 0 or len(maps) == 1:
+            return maps
+        extra = weight * mass.sum() / len(maps)
+        mean = np.tensordot((mass / mass.sum()).astype(np.float32), maps, axes=1)
+        pull = (extra / (mass + extra)).astype(np.float32)[:, None, None, None]
+        return np.asarray(maps + pull * (mean - maps))
 
     def reach_mask(self, shift: float) -> Float32:
         """Soft sphere (N, N, N) that holds the particle wherever a shift of so many voxels puts it."""
@@ -290,6 +307,7 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
         r_start = r_max
     return resolved | {
         "mask_radius": radius,
+        "regularization": options.choices.regularization if options.regularization is None else options.regularization,
         "max_shift": shift,
         "resolution": size / r_max,
         "r_max": r_max,

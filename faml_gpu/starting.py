@@ -39,6 +39,7 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         maps = np.repeat(plan.scaled_like(reference, maps.mean(axis=0))[None], n_classes, axis=0)
     if reference is not None or poses is not None:
         maps = plan.lowpass(maps)
+    maps = plan.regularise(maps, np.bincount(classes, minlength=n_classes).astype(np.float64), 0)
     state = State(0, maps, np.full(n_classes, 1 / n_classes), sigma2, float(plan.box))
     return Checkpoint(state, posterior, [])
 

@@ -104,6 +104,8 @@ class ShellHarmonics:
     The measure is the voxels' own: with a reference whose coefficients are q_lm(r) at integer radii and which is
     linear in between, sum_r sum_lm conj(p) q D equals the sum over voxels of f times the rotated reference, with
     no r^2 dr to be matched. (The r^2 dr of the continuous integral is, per shell, the number of its voxels / 4 pi.)
+    What is left is the linear interpolation: of a steep |A|^2 it makes c1^2 7-19 % too high, of |A| c0 1-4 %, nearly
+    the same for every rotation (standard deviation under 1 %), so the order of rotations holds.
     """
 
     support: Support

@@ -68,6 +68,10 @@ class ShiftWindow:
                 offset = xp.where(usable, 0.5 * (low - high) / xp.where(usable, curvature, 1), 0)
                 shifts[start : start + chunk, axis] = index[axis] - t // 2 + xp.clip(offset, -0.5, 0.5)
                 values[start : start + chunk] -= 0.25 * (low - high) * offset
+        # A lattice shift at the rim may be refined to just beyond it.
+        if self.radius > 0:
+            length = xp.sqrt((shifts**2).sum(axis=1))
+            shifts *= (self.radius / xp.maximum(length, self.radius))[:, None]
         return shifts, values
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from faml_gpu.array_backend import Array
 
-__all__ = ["real_view", "require"]
+__all__ = ["half_grid", "real_view", "require"]
 
 
 def require(array: Array, name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
@@ -26,3 +26,14 @@ def real_view(array: Array) -> Array:
     if array.dtype.kind != "c" or not array.flags.c_contiguous:
         raise TypeError(f"expected a C-contiguous complex array, found {array.dtype}")
     return array.view(array.real.dtype).reshape(*array.shape, 2)
+
+
+def half_grid(array: Array, name: str, kind: str, reach: int) -> None:
+    """Refuse what is no stack of centred half grids (2c + 1, 2c + 1, c + 1), or does not reach `reach` steps."""
+    c = array.shape[-1] - 1
+    if array.dtype.kind != kind:
+        raise TypeError(f"{name}: found dtype {array.dtype}, expected {'complex' if kind == 'c' else 'real'}")
+    if array.shape[-3:] != (2 * c + 1, 2 * c + 1, c + 1) or c < reach + 1:
+        raise ValueError(f"{name}: found shape {array.shape}, expected (2c + 1, 2c + 1, c + 1) with c > {reach}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name}: expected a C-contiguous array")

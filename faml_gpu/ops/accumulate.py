@@ -9,7 +9,7 @@ import numpy as np
 
 from faml_gpu.array_backend import Array, twin
 from faml_gpu.fourier import Support
-from faml_gpu.ops._check import real_view, require
+from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import sample_complex, sample_real
 
 __all__ = ["accumulate"]
@@ -62,6 +62,9 @@ def accumulate(
     weight_sums : (K, M) float64
     """
     n = len(particle)
+    half_grid(grids, "grids", "c", padding * support.r_max)
+    half_grid(weight_grids, "weight_grids", "f", support.r_max)
+    require(weight_grids, "weight_grids", grids.real.dtype, (None,) * 4)
     require(weight_index, "weight_index", np.int64, (len(grids),))
     require(particle, "particle", np.int64, (n,))
     require(class_index, "class_index", np.int64, (n,))

@@ -135,9 +135,10 @@ def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count
                     if _is_peak(score, j, g, a):
                         found.append((j, g, a))
                         heights.append(-score[j, g, a])
-        if len(found) == 0:  # constant all over: any rotation is as good
-            found.append((0, 0, 0))
-            heights.append(-score[0, 0, 0])
+        if len(found) == 0:  # constant all over, or a closed ridge of ties: any of the highest points is as good
+            top = score.argmax()
+            found.append((top // (na * na), top // na % na, top % na))
+            heights.append(-score.max())
         order = np.argsort(np.array(heights), kind="mergesort")
         kept = np.empty((n, 9))
         matrix, offset = np.empty(9), np.empty(3)
@@ -161,3 +162,7 @@ def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count
                 count[b] += 1
                 if count[b] == n:
                     break
+        # The refined heights may order them otherwise than the grid's values did.
+        best = np.argsort(-values[b, : count[b]], kind="mergesort")
+        values[b, : count[b]] = values[b, best]
+        angles[b, : count[b]] = angles[b, best]

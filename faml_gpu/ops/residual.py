@@ -9,7 +9,7 @@ import numpy as np
 
 from faml_gpu.array_backend import Array, twin
 from faml_gpu.fourier import Support
-from faml_gpu.ops._check import real_view, require
+from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import sample_complex
 
 __all__ = ["residual"]
@@ -52,6 +52,7 @@ def residual(
     """
     b, n = rotations.shape[:2]
     m = len(support)
+    half_grid(grid, "grid", "c", padding * support.r_max)
     require(spectra, "spectra", grid.dtype, (b, m))
     require(weights, "weights", grid.real.dtype, (None, m))
     require(weight_index, "weight_index", np.int64, (b,))

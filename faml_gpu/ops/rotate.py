@@ -32,6 +32,7 @@ def rotate(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
     (n, M) array of the grid's dtype
     """
     require(rotations, "rotations", np.float64, (None, 3, 3))
+    require(coords, "coords", coords.dtype, (None, 3))
     return twin(_rotate_cpu, None, grid)(grid, rotations, coords, padding)
 
 

@@ -1,0 +1,246 @@
+"""rotate, residual and accumulate on every executor, against float64 sums written out."""
+
+import numpy as np
+import pytest
+
+from faml_gpu.fourier import make_support
+from faml_gpu.geometry import random_rotations
+
+# Norm-relative. Single precision: positions on the grid are of size c (up to 15), so a sample's fractions are good to
+# 15 * 2^-24 = 9e-7 of a step, in which a random grid changes by as much as its values are large; phases add as much.
+BOUND = {np.complex64: 5e-6, np.complex128: 1e-13}
+DTYPES = list(BOUND)
+
+
+def real(dtype):
+    return np.zeros(0, dtype).real.dtype
+
+
+def case(oracles, rng, box, r_max, padding, dtype, n_particles, n_poses):
+    """Random grid, particles, weights and poses for `residual`."""
+    support = make_support(box, r_max)
+    m = len(support)
+    return {
+        "grid": oracles.random_grid(rng, padding * r_max + 1).astype(dtype),
+        "spectra": (rng.standard_normal((n_particles, m)) + 1j * rng.standard_normal((n_particles, m))).astype(dtype),
+        "weights": (rng.random((2, m)) * (rng.random((2, m)) < 0.8)).astype(real(dtype)),
+        "weight_index": rng.integers(0, 2, n_particles),
+        "rotations": random_rotations(n_particles * n_poses, rng).reshape(n_particles, n_poses, 3, 3),
+        "shifts": rng.uniform(-3, 3, (n_particles, n_poses, 3)),
+        "count": rng.integers(1, n_poses + 1, n_particles),
+        "support": support,
+        "padding": padding,
+    }
+
+
+SIZES = [(12, 5, 2), (13, 6, 1), (9, 1, 3), (15, 7, 2)]  # box, r_max, padding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("r_max", "padding"), [(5, 2), (6, 1), (1, 3)])
+@pytest.mark.parametrize(("n", "m"), [(3, 101), (1, 1), (17, 7), (0, 5), (2, 0)])
+def test_rotate(run, n, m, r_max, padding, dtype, rng, oracles):
+    grid = oracles.random_grid(rng, padding * r_max + 1).astype(dtype)
+    rotations = random_rotations(n, rng)
+    coords = rng.standard_normal((m, 3))
+    coords *= (r_max * rng.random(m) / np.maximum(np.linalg.norm(coords, axis=1), 1e-9))[:, None]
+    found = run("rotate", grid, rotations, coords, padding)
+    assert found.shape == (n, m)
+    assert found.dtype == dtype
+    cube = oracles.cube_of_grid(grid.astype(complex))
+    expected = np.array([oracles.sample(cube, padding * coords @ r) for r in rotations]).reshape(n, m)
+    assert np.linalg.norm(found - expected) <= BOUND[dtype] * np.linalg.norm(expected)
+
+
+def test_rotate_on_the_lattice_is_exact(run, oracles, rng):
+    support = make_support(13, 6)
+    grid = oracles.random_grid(rng, 7).astype(np.complex64)
+    found = run("rotate", grid, oracles.cube_rotations(), support.coords, 1)
+    cube = oracles.cube_of_grid(grid)
+    for r, values in zip(oracles.cube_rotations(), found, strict=True):
+        np.testing.assert_array_equal(values, oracles.at(cube, np.rint(support.coords @ r).astype(int)))
+
+
+def literal_residual(oracles, c):
+    cube = oracles.cube_of_grid(c["grid"].astype(complex))
+    support, xi = c["support"], c["support"].coords.astype(float)
+    shell = np.rint(np.linalg.norm(xi, axis=1)).astype(int)
+    out = np.zeros((*c["shifts"].shape[:2], support.r_max + 1))
+    for b, i in np.ndindex(out.shape[:2]):
+        if i < c["count"][b]:
+            a = oracles.sample(cube, c["padding"] * xi @ c["rotations"][b, i])
+            a = a * oracles.phase(xi, c["shifts"][b, i], support.box)
+            squared = np.abs(c["weights"][c["weight_index"][b]] * (c["spectra"][b] - a)) ** 2
+            out[b, i] = 2 * np.bincount(shell, squared, minlength=support.r_max + 1)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
+@pytest.mark.parametrize(("n_particles", "n_poses"), [(3, 5), (1, 1), (5, 1)])
+def test_residual(run, n_particles, n_poses, box, r_max, padding, dtype, rng, oracles):
+    c = case(oracles, rng, box, r_max, padding, dtype, n_particles, n_poses)
+    found = run("residual", *c.values())
+    expected = literal_residual(oracles, c)
+    assert found.dtype == np.float64
+    assert oracles.relative(found, expected) < BOUND[dtype]
+    for b, n in enumerate(c["count"]):
+        assert (found[b, n:] == 0).all()
+
+
+def test_residual_without_candidates(run, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    c["count"][:] = [0, 4, 0]
+    found = run("residual", *c.values())
+    assert (found[[0, 2]] == 0).all()
+    assert (found[1, :, 1:] > 0).all()
+    c["rotations"][[0, 2]] = np.nan  # never read
+    np.testing.assert_array_equal(run("residual", *c.values()), found)
+    for name in ("spectra", "weight_index", "rotations", "shifts", "count"):
+        c[name] = c[name][:0]
+    assert run("residual", *c.values()).shape == (0, 4, 6)
+
+
+def test_residual_ignores_unobserved_voxels(run, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 2, 2)
+    found = run("residual", *c.values())
+    c["spectra"][c["weights"][c["weight_index"]] == 0] = np.nan
+    np.testing.assert_array_equal(run("residual", *c.values()), found)
+
+
+def test_residual_of_an_exact_model_is_rounding(run, rng, oracles):
+    c = case(oracles, rng, 13, 6, 2, np.complex64, 1, 1)
+    xi = c["support"].coords.astype(float)
+    cube = oracles.cube_of_grid(c["grid"].astype(complex))
+    a = oracles.sample(cube, 2 * xi @ c["rotations"][0, 0]) * oracles.phase(xi, c["shifts"][0, 0], 13)
+    c["spectra"] = a[None].astype(np.complex64)
+    c["weights"][:] = 1
+    # A difference of equal numbers: squares of 1e-6 of the values.
+    assert run("residual", *c.values()).sum() < 1e-10 * 2 * (np.abs(a) ** 2).sum()
+
+
+def accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries):
+    weight = [oracles.random_grid(rng, r_max + 1, real=True) for _ in range(2)]
+    return {
+        "grids": np.stack([oracles.random_grid(rng, padding * r_max + 1) for _ in range(n_particles)]).astype(dtype),
+        "weight_grids": np.stack(weight).astype(real(dtype)),
+        "weight_index": rng.integers(0, 2, n_particles),
+        "particle": np.sort(rng.integers(0, n_particles, n_entries)),
+        "class_index": rng.integers(0, 2, n_entries),
+        "rotations": random_rotations(n_entries, rng),
+        "shifts": rng.uniform(-3, 3, (n_entries, 3)),
+        "probability": rng.random(n_entries),
+        "support": make_support(box, r_max),
+        "padding": padding,
+        "n_classes": 3,
+    }
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
+@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 8), (1, 1), (2, 0)])
+def test_accumulate(run, n_particles, n_entries, box, r_max, padding, dtype, twice, rng, oracles):
+    c = accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries)
+    sums, weights = run("accumulate", *c.values(), weigh_twice=twice)
+    xi = c["support"].coords.astype(float)
+    expected, expected_w = np.zeros((3, len(xi)), complex), np.zeros((3, len(xi)))
+    for b, k, r, t, p in zip(
+        c["particle"], c["class_index"], c["rotations"], c["shifts"], c["probability"], strict=True
+    ):
+        there = xi @ r.T  # R xi
+        w = oracles.sample(oracles.cube_of_grid(c["weight_grids"][c["weight_index"][b]].astype(float)), there)
+        x = oracles.sample(oracles.cube_of_grid(c["grids"][b].astype(complex)), padding * there)
+        x = x * np.conj(oracles.phase(there, t, box))
+        expected[k] += p * x * (w if twice else 1)
+        expected_w[k] += p * w
+    assert sums.dtype == np.complex128
+    assert weights.dtype == np.float64
+    assert np.linalg.norm(sums - expected) <= BOUND[dtype] * np.linalg.norm(expected)
+    assert np.linalg.norm(weights - expected_w) <= BOUND[dtype] * np.linalg.norm(expected_w)
+    assert (sums[2] == 0).all()  # a class nobody is in
+
+
+def test_accumulate_adds_in_the_order_of_the_list(run, rng, oracles):
+    c = accumulate_case(oracles, rng, 13, 6, 2, np.complex64, 3, 20)
+    first = run("accumulate", *c.values())
+    for found, again in zip(first, run("accumulate", *c.values()), strict=True):
+        np.testing.assert_array_equal(found, again)
+
+
+WRONG_RESIDUAL = ["spectra", "weights", "weight_index", "rotations", "shifts", "count"]
+WRONG_ACCUMULATE = ["weight_index", "particle", "class_index", "rotations", "shifts", "probability"]
+
+
+def spoiled(array, how):
+    if how == "dtype":
+        other = {"c": np.complex128, "f": np.float32 if array.dtype == np.float64 else np.float64, "i": np.int32}
+        return array.astype(other[array.dtype.kind])
+    if how == "strided":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    return array[..., :-1].copy()
+
+
+@pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
+@pytest.mark.parametrize("name", WRONG_RESIDUAL)
+def test_residual_refuses(run, name, how, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    c[name] = spoiled(c[name], how)
+    with pytest.raises((TypeError, ValueError), match=name):
+        run("residual", *c.values())
+
+
+@pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
+@pytest.mark.parametrize("name", WRONG_ACCUMULATE)
+def test_accumulate_refuses(run, name, how, rng, oracles):
+    c = accumulate_case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    if (name, how) == ("particle", "shape"):
+        c["class_index"] = c["class_index"][:-1]  # the length of `particle` is what the others are held against
+        name = "class_index"
+    else:
+        c[name] = spoiled(c[name], how)
+    with pytest.raises((TypeError, ValueError), match=name):
+        run("accumulate", *c.values())
+
+
+@pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
+def test_rotate_refuses_rotations(run, how, rng, oracles):
+    grid = oracles.random_grid(rng, 5).astype(np.complex64)
+    with pytest.raises((TypeError, ValueError), match="rotations"):
+        run("rotate", grid, spoiled(random_rotations(3, rng), how), rng.standard_normal((4, 3)), 1)
+
+
+@pytest.mark.parametrize("op", ["rotate", "residual", "accumulate"])
+def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
+    if op == "rotate":
+        c = {"grid": oracles.random_grid(rng, 5), "r": random_rotations(3, rng), "c": np.zeros((4, 3)), "p": 1}
+    elif op == "residual":
+        c = case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
+    else:
+        c = accumulate_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
+    name = next(iter(c))
+    whole = c[name]
+    for wrong in (np.repeat(whole, 2, axis=-1)[..., ::2], whole.real.copy()):
+        c[name] = wrong
+        with pytest.raises((TypeError, ValueError)):
+            run(op, *c.values())
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "spoil"),
+    [
+        ("accumulate", "weight_grids", lambda a: a.astype(np.float64)),
+        ("accumulate", "weight_grids", lambda a: np.repeat(a, 2, axis=-1)[..., ::2]),
+        ("accumulate", "weight_grids", lambda a: a[:, :-2, :-2, :-1].copy()),
+        ("accumulate", "grids", lambda a: a[:, :-1].copy()),
+        ("accumulate", "grids", lambda a: a[:, :-2, :-2, :-1].copy()),
+        ("residual", "grid", lambda a: a[:-1].copy()),
+        ("residual", "grid", lambda a: a[:-2, :-2, :-1].copy()),
+    ],
+)
+def test_grids_of_another_size_or_type_are_refused(run, op, name, spoil, rng, oracles):
+    make = accumulate_case if op == "accumulate" else case
+    c = make(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    c[name] = spoil(c[name])
+    with pytest.raises((TypeError, ValueError), match=name):
+        run(op, *c.values())
