@@ -58,7 +58,7 @@ def run(
     reference : (N, N, N) float32, optional
         Start from this map instead of a random one.
     initial_lowpass : float, optional
-        Low-pass of a start from a map or from poses, Angstrom; the band begins there too.
+        Low-pass of a start from a map or from poses, Angstrom (default: none); the band begins there too.
     use_poses : bool
         Start from the average in the poses (and classes) the particles came with.
     checkpoint : Checkpoint, optional
@@ -77,6 +77,8 @@ def run(
     InputError
         for options that do not fit the particles.
     """
+    if initial_lowpass is None and (reference is not None or use_poses):
+        initial_lowpass = 2 * particles.voxel_size  # a start taken as it is: nothing cut off
     plan = Plan.make(particles, options, initial_lowpass)
     with cpu_threads(options.threads):
         if checkpoint is None:

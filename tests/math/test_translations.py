@@ -75,7 +75,9 @@ def test_radius_is_respected(rng, oracles):
     cross = (moved * still.conj())[None].astype(np.complex64)
     found, _ = shift_window(support, 2.0).best(cross)
     assert np.linalg.norm(np.rint(found[0])) <= 2.0
-    assert found[0, 0] == 2.0  # at the edge, not beyond it
+    # At the rim, not beyond it; along the rim the refinement may have moved it a little.
+    assert found[0, 0] > 1.8
+    assert np.linalg.norm(found[0]) <= 2.0 + 1e-12
     found, _ = shift_window(support, 0.0).best(cross)
     np.testing.assert_array_equal(found, 0)
 
