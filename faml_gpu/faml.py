@@ -88,6 +88,8 @@ def run(
             if on_iteration is not None:
                 on_iteration(checkpoint)
         maps = final_averages(plan, particles, checkpoint.posterior, progress)
+        empty = np.bincount(checkpoint.posterior.class_index, minlength=options.n_classes) == 0
+        maps[empty] = checkpoint.state.maps[empty]
     return Result(
         maps=maps,
         best=best_poses(checkpoint.posterior),
@@ -168,7 +170,8 @@ def maximize(
     return State(
         iteration=old.iteration + 1,
         maps=maps,
-        alpha=total.mass / total.mass.sum(),
+        # Half a particle at least, so that a class without particles is not out for good.
+        alpha=np.maximum(total.mass, 0.5) / np.maximum(total.mass, 0.5).sum(),
         sigma2=maximization.new_sigma2(total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"),
         zeta=maximization.new_zeta(total.shift2, total.n),
     )

@@ -24,8 +24,8 @@ __all__ = [
     "update_average",
 ]
 
-# A voxel seen by less than this share of a class's particles is not divided by its coverage but by this share:
-# it fades out instead of blowing up noise.
+# A voxel seen by less than this share of a class's particles is left 0. What leaks there through masks and
+# interpolation would otherwise be divided by next to nothing.
 COVERAGE_FLOOR = 0.02
 ZETA_FLOOR = 0.5  # voxels: a width of 0 could never grow again
 SIGMA2_FLOOR = 1e-6  # of the mean over shells
@@ -170,9 +170,9 @@ def update_average(
 def direct_average(
     sums: NDArray[np.complex128], weights: NDArray[np.float64], mass: NDArray[np.float64]
 ) -> NDArray[np.complex128]:
-    """Wedge-weighted averages, sum P R^-1(w X) / sum P R^-1 w, where the floor on the coverage allows."""
+    """Wedge-weighted averages, sum P R^-1(w X) / sum P R^-1 w, and 0 where next to nothing was observed."""
     floor = np.maximum(COVERAGE_FLOOR * mass, np.finfo(np.float64).tiny)[:, None]
-    return sums / np.maximum(weights, floor)
+    return np.where(weights >= floor, sums / np.maximum(weights, floor), 0)
 
 
 def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:

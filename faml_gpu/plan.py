@@ -249,7 +249,9 @@ class Band:
         refined = []
         for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
             found = fast_alignment.carry_over(found, *likeliest(earlier, k, REFINED))
-            refined.append(fast_alignment.refine(observation, reference, found, precision, REFINED))
+            refined.append(
+                fast_alignment.refine(observation, reference, found, precision, REFINED, self.plan.max_shift)
+            )
         return refined
 
     def accumulate(

@@ -18,6 +18,8 @@ __all__ = ["Candidates", "Observation", "Reference", "align", "make_reference", 
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
+# Weights whose c1 is kept for later batches, beyond those of the batch: memory must not grow with the particles.
+KEPT_WEIGHTS = 64
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def normalised_scores(
     support, harmonics = observation.support, shell_harmonics(observation.support, reference.bandwidth)
     kept = {} if kept is None else kept
     missing = [i for i, name in enumerate(observation.weight_ids) if name not in kept]
+    while len(kept) > KEPT_WEIGHTS:
+        kept.pop(next(name for name in kept if name not in observation.weight_ids))
     if missing:
         squared = correlate(harmonics.coefficients(observation.weights[missing] ** 2 * precision), reference.power)
         for i, c1 in zip(missing, squared, strict=True):

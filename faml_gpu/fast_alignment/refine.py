@@ -21,13 +21,16 @@ ROUNDS = 2
 def carry_over(
     candidates: Candidates, rotations: NDArray[np.float64], shifts: NDArray[np.float64], count: NDArray[np.int64]
 ) -> Candidates:
-    """Put the given poses, (B, c, 3, 3), (B, c, 3), count (B,), in the place of each particle's last candidates."""
+    """Put the given poses, (B, c, 3, 3), (B, c, 3), count (B,), in the place of each particle's last candidates.
+
+    They take at most half of the places: the search goes on.
+    """
     xp = namespace(candidates.rotations)
     n = candidates.rotations.shape[1]
     new_rotations, new_shifts, total = candidates.rotations.copy(), candidates.shifts.copy(), candidates.count.copy()
     correlation = candidates.correlation.copy()
     for b, c in enumerate(count):
-        c = min(int(c), n)
+        c = min(int(c), n // 2)
         end = min(int(total[b]) + c, n)
         new_rotations[b, end - c : end] = xp.asarray(rotations[b, :c])
         new_shifts[b, end - c : end] = xp.asarray(shifts[b, :c])
@@ -37,7 +40,12 @@ def carry_over(
 
 
 def refine(
-    observation: Observation, reference: Reference, candidates: Candidates, precision: Array, n_refined: int
+    observation: Observation,
+    reference: Reference,
+    candidates: Candidates,
+    precision: Array,
+    n_refined: int,
+    max_shift: float,
 ) -> Candidates:
     """Move the `n_refined` likeliest candidates of each particle downhill in the weighted residual.
 
@@ -50,6 +58,8 @@ def refine(
     precision : (M,) float32
         1 / sigma^2 of each voxel's shell.
     n_refined : int
+    max_shift : float, voxels
+        No refined shift is longer.
     """
     xp = namespace(observation.spectra)
     support = observation.support
@@ -96,6 +106,8 @@ def refine(
             offset = xp.clip(xp.nan_to_num(offset), -1.5, 1.5)
             new_r = _exponential(offset[..., :3] * angle, xp) @ rotations
             new_t = shifts + offset[..., 3:] * length
+            norm = xp.sqrt((new_t**2).sum(axis=-1, keepdims=True))
+            new_t = xp.where(norm > max_shift, new_t * (max_shift / xp.where(norm > 0, norm, 1)), new_t)
             value = score(new_r, new_t, xp.full(b, m, np.int64))
             better = value < best
             rotations = xp.where(better[..., None, None], new_r, rotations)

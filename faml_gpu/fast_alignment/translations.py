@@ -66,8 +66,9 @@ class ShiftWindow:
                 curvature = low + high - 2 * peak
                 usable = (index[axis] > 0) & (index[axis] < t - 1) & (curvature < 0)
                 offset = xp.where(usable, 0.5 * (low - high) / xp.where(usable, curvature, 1), 0)
-                shifts[start : start + chunk, axis] = index[axis] - t // 2 + xp.clip(offset, -0.5, 0.5)
-                values[start : start + chunk] -= 0.25 * (low - high) * offset
+                offset = xp.clip(offset, -0.5, 0.5)  # at the rim the best within the radius may be no maximum
+                shifts[start : start + chunk, axis] = index[axis] - t // 2 + offset
+                values[start : start + chunk] += 0.5 * offset * (high - low + curvature * offset)
         # A lattice shift at the rim may be refined to just beyond it.
         if self.radius > 0:
             length = xp.sqrt((shifts**2).sum(axis=1))

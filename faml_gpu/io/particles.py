@@ -34,7 +34,7 @@ Int64 = NDArray[np.int64]
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
-SMALLEST_BOX = 8
+SMALLEST_BOX = 10
 VOXEL_TOLERANCE = 0.01  # relative, between STAR, headers and option
 OPTICS_TOLERANCE = 0.001  # relative, between optics groups
 NAMED = 3  # examples given where many files are at fault
