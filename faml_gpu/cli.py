@@ -161,13 +161,14 @@ class Shared:
         ),
     ] = None
     regularization: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="0 to 1: how much the classes are pulled together in the first iterations, against one class taking "
-            "all particles.",
+            help="How much the classes are pulled together in the first iterations, against one class taking all "
+            "particles. 0 leaves them alone.",
+            show_default="1, paper 0",
             rich_help_panel=METHOD_PANEL,
         ),
-    ] = 0.0
+    ] = None
     padding: Annotated[
         int,
         typer.Option(

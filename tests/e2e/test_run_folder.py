@@ -23,7 +23,7 @@ from faml_gpu.geometry import euler_to_matrix, random_rotations
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.run_folder import OutputError, RunFolder, particle_columns, read_checkpoint, write_checkpoint
 
-N, K, BOX, VOXEL = 5, 2, 8, 10.0
+N, K, BOX, VOXEL = 5, 2, 10, 8.0
 
 
 def record(iteration: int) -> IterationRecord:

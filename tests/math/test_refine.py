@@ -60,12 +60,12 @@ def test_returns_to_the_truth(scene, rng):
     moved = shifts + 0.5 * rng.choice([-1, 1], (4, 3))  # half a voxel along each axis
     start = Candidates(off[:, None].copy(), moved[:, None].copy(), np.zeros((4, 1)), np.ones(4, np.int64))
     precision = np.ones(len(observation.support), np.float32)
-    found = refine(observation, reference, start, precision, 1)
+    found = refine(observation, reference, start, precision, 1, 9.0)
     assert (rotation_angle(off, truth) > 4.9).all()
     # From 5 degrees and .87 voxel, two rounds of parabolas axis by axis.
     assert (rotation_angle(found.rotations[:, 0], truth) < 2.0).all()
     assert (np.linalg.norm(found.shifts[:, 0] - shifts, axis=1) < 0.2).all()
-    again = refine(observation, reference, found, precision, 1)
+    again = refine(observation, reference, found, precision, 1, 9.0)
     assert (rotation_angle(again.rotations[:, 0], truth) < 0.8).all()
     assert (np.linalg.norm(again.shifts[:, 0] - shifts, axis=1) < 0.06).all()
 
@@ -81,7 +81,7 @@ def test_never_raises_the_residual_and_moves_only_the_likeliest(scene, rng):
     precision = (1 / (1.0 + observation.support.shell)).astype(np.float32)
     kept = rotations.copy()
     before = residuals(observation, reference, start, precision)
-    found = refine(observation, reference, start, precision, m)
+    found = refine(observation, reference, start, precision, m, 9.0)
     after = residuals(observation, reference, found, precision)
     np.testing.assert_array_equal(start.rotations, kept)  # not in place
     np.testing.assert_array_equal(found.count, start.count)
@@ -104,7 +104,7 @@ def test_a_move_that_does_not_help_is_taken_back(scene, oracles):
     exact = Observation(support, spectra.astype(np.complex64), observation.weights, observation.weight_index, ("w",))
     start = Candidates(truth[:, None].copy(), shifts[:, None].copy(), np.zeros((4, 1)), np.ones(4, np.int64))
     precision = np.ones(len(support), np.float32)
-    found = refine(exact, reference, start, precision, 1)
+    found = refine(exact, reference, start, precision, 1, 9.0)
     before, after = (residuals(exact, reference, c, precision) for c in (start, found))
     assert (after <= before).all()
     # A step away it is not 0.
@@ -115,7 +115,7 @@ def test_a_move_that_does_not_help_is_taken_back(scene, oracles):
 def test_no_candidate_is_left_alone(scene):
     observation, reference, _, _ = scene
     start = Candidates(np.tile(np.eye(3), (4, 2, 1, 1)), np.zeros((4, 2, 3)), np.zeros((4, 2)), np.zeros(4, np.int64))
-    found = refine(observation, reference, start, np.ones(len(observation.support), np.float32), 3)
+    found = refine(observation, reference, start, np.ones(len(observation.support), np.float32), 3, 9.0)
     np.testing.assert_array_equal(found.count, 0)
     assert np.isfinite(found.rotations).all()
 
@@ -133,3 +133,14 @@ def test_carry_over_puts_earlier_poses_last(rng):
     np.testing.assert_array_equal(found.rotations[1, 1:3], old[1])
     np.testing.assert_array_equal(found.shifts[1, 1:3], old_shifts[1])
     np.testing.assert_array_equal(found.rotations[2, 0], old[2, 0])
+
+
+def test_no_refined_shift_is_longer_than_the_limit(scene):
+    observation, reference, truth, shifts = scene
+    start = Candidates(truth[:, None].copy(), np.zeros((4, 1, 3)), np.zeros((4, 1)), np.ones(4, np.int64))
+    precision = np.ones(len(observation.support), np.float32)
+    limit = 0.25
+    assert (np.linalg.norm(shifts, axis=1) > limit).all()
+    found = refine(observation, reference, start, precision, 1, limit)
+    assert (np.linalg.norm(found.shifts[:, 0], axis=1) <= limit + 1e-9).all()
+    assert (found.shifts[:, 0] != 0).any()
