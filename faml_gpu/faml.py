@@ -12,10 +12,8 @@ from faml_gpu import maximization, voronoi
 from faml_gpu.array_backend import cpu_threads
 from faml_gpu.data import (
     Checkpoint,
-    IterationRecord,
     ParticleSource,
     Poses,
-    Posterior,
     Progress,
     Result,
     State,
@@ -23,8 +21,8 @@ from faml_gpu.data import (
 )
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import expectation, log_normaliser
-from faml_gpu.fast_alignment import Candidates
-from faml_gpu.geometry import rotation_angle
+from faml_gpu.fast_alignment import single_best
+from faml_gpu.history import converged, record
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve
 from faml_gpu.posteriors import join, select
@@ -33,9 +31,6 @@ from faml_gpu.starting import final_averages, start
 __all__ = ["iterate", "run"]
 
 Float32 = NDArray[np.float32]
-
-CONVERGED_CHANGES = 0.01  # share of particles that change class
-CONVERGED_CORRELATION = 0.999  # of each average with its predecessor
 
 
 def run(
@@ -83,7 +78,7 @@ def run(
     with cpu_threads(options.threads):
         if checkpoint is None:
             checkpoint = begin(plan, particles, reference, use_poses)
-        while checkpoint.state.iteration < options.iterations and not _converged(checkpoint.history):
+        while checkpoint.state.iteration < options.iterations and not converged(checkpoint.history):
             checkpoint = iterate(plan, particles, checkpoint, progress)
             if on_iteration is not None:
                 on_iteration(checkpoint)
@@ -150,8 +145,8 @@ def iterate(
         new = maximize(plan, band, state, total, old)
         merged = join(posteriors)
         likelihood = total.log_evidence + log_normaliser(total.observed, state.sigma2, state.zeta, total.n)
-    record = report(plan, band, checkpoint, new, merged, total, likelihood, n_candidates, clock)
-    return Checkpoint(new, merged, [*checkpoint.history, record])
+    row = record(plan, band, checkpoint, new, merged, total, likelihood, n_candidates, clock)
+    return Checkpoint(new, merged, [*checkpoint.history, row])
 
 
 def maximize(
@@ -175,77 +170,3 @@ def maximize(
         sigma2=maximization.new_sigma2(total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"),
         zeta=maximization.new_zeta(total.shift2, total.n),
     )
-
-
-def single_best(candidates: list[Candidates]) -> list[Candidates]:
-    """`fa`: of all classes and poses of a particle only the one of highest constrained correlation."""
-    score = np.stack([np.where(np.arange(c.correlation.shape[1]) < c.count[:, None], c.correlation, -np.inf)
-                      for c in candidates])  # fmt: skip
-    pose = score.argmax(axis=2)  # (K, B)
-    rows = np.arange(score.shape[1])
-    classes = score.max(axis=2).argmax(axis=0)
-    return [
-        Candidates(
-            np.ascontiguousarray(c.rotations[rows, pose[k]][:, None]),
-            np.ascontiguousarray(c.shifts[rows, pose[k]][:, None]),
-            c.correlation[rows, pose[k]][:, None],
-            (classes == k).astype(np.int64),
-        )
-        for k, c in enumerate(candidates)
-    ]
-
-
-def report(
-    plan: Plan,
-    band: Band,
-    before: Checkpoint,
-    new: State,
-    posterior: Posterior,
-    total: maximization.Accumulators,
-    likelihood: float,
-    n_candidates: int,
-    clock: Clock,
-) -> IterationRecord:
-    """The record of an iteration, and whether the stopping rule holds."""
-    last, now = best_poses(before.posterior), best_poses(posterior)
-    bandwidth = plan.bandwidth(band.r_max)
-    changed = float((last.classes != now.classes).mean())
-    pose_change = float(np.median(rotation_angle(last.rotations, now.rotations)))
-    correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
-    # The grid step is that of alpha and gamma, 180 / L degrees.
-    settled = (
-        band.r_max == plan.r_final
-        and changed < CONVERGED_CHANGES
-        and pose_change < 0.25 * 180 / bandwidth
-        and min(correlation) >= CONVERGED_CORRELATION
-    )
-    observed = max(total.observed.sum(), 1.0)
-    return IterationRecord(
-        iteration=new.iteration,
-        log_likelihood=likelihood,
-        sigma=float(np.sqrt((total.observed * new.sigma2[: len(total.observed)]).sum() / observed)),
-        zeta=new.zeta,
-        alpha=[float(a) for a in new.alpha],
-        class_sizes=np.bincount(now.classes, minlength=len(new.maps)).tolist(),
-        r_max=band.r_max,
-        resolution=plan.box * plan.voxel_size / band.r_max,
-        bandwidth=bandwidth,
-        candidates=n_candidates / (total.n * len(new.maps)),
-        changed_class=changed,
-        pose_change=pose_change,
-        map_correlation=correlation,
-        near_identity=float((rotation_angle(now.rotations, np.eye(3)) < 10).mean()),
-        coverage=[float(c) for c in maximization.covered(total.weights, total.mass)],
-        converged=bool(settled),
-        seconds={name: round(s, 4) for name, s in clock.seconds.items()},
-    )
-
-
-def _converged(history: list[IterationRecord]) -> bool:
-    return bool(history) and history[-1].converged
-
-
-def _correlation(a: Float32, b: Float32, mask: Float32) -> float:
-    x, y = (a * mask).ravel().astype(np.float64), (b * mask).ravel().astype(np.float64)
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / max(np.sqrt((x @ x) * (y @ y)), np.finfo(np.float64).tiny))

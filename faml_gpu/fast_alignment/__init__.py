@@ -1,6 +1,6 @@
 """Step 1 of FAML: candidate poses by rotational matching in spherical harmonics, then their shifts."""
 
-from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, align, make_reference
+from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, align, make_reference, single_best
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
@@ -14,4 +14,5 @@ __all__ = [
     "make_reference",
     "refine",
     "shift_window",
+    "single_best",
 ]

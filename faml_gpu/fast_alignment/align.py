@@ -14,7 +14,7 @@ from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import euler_to_matrix
 
-__all__ = ["Candidates", "Observation", "Reference", "align", "make_reference", "normalised_scores"]
+__all__ = ["Candidates", "Observation", "Reference", "align", "make_reference", "normalised_scores", "single_best"]
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
@@ -171,3 +171,21 @@ def align(
             own = 2 * (weight * abs(observation.spectra[b]) ** 2).sum(dtype=np.float64)
             correlation[b, :n] = cross / xp.sqrt(xp.maximum(power * own, np.finfo(np.float64).tiny))
     return Candidates(rotations, shifts, correlation, count)
+
+
+def single_best(candidates: list[Candidates]) -> list[Candidates]:
+    """`fa`: of all classes and poses of a particle only the one of highest constrained correlation."""
+    score = np.stack([np.where(np.arange(c.correlation.shape[1]) < c.count[:, None], c.correlation, -np.inf)
+                      for c in candidates])  # fmt: skip
+    pose = score.argmax(axis=2)  # (K, B)
+    rows = np.arange(score.shape[1])
+    classes = score.max(axis=2).argmax(axis=0)
+    return [
+        Candidates(
+            np.ascontiguousarray(c.rotations[rows, pose[k]][:, None]),
+            np.ascontiguousarray(c.shifts[rows, pose[k]][:, None]),
+            c.correlation[rows, pose[k]][:, None],
+            (classes == k).astype(np.int64),
+        )
+        for k, c in enumerate(candidates)
+    ]

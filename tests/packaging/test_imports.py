@@ -25,7 +25,7 @@ RANKS = [
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io", "report"},
     {"posteriors"},
     {"plan"},
-    {"starting"},
+    {"starting", "history"},
     {"faml"},
     {"run_folder"},
     {"pipeline"},

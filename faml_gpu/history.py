@@ -1,0 +1,74 @@
+"""The record of an iteration, and the stopping rule."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import maximization
+from faml_gpu.data import Checkpoint, IterationRecord, Posterior, State, best_poses
+from faml_gpu.geometry import rotation_angle
+from faml_gpu.plan import Band, Clock, Plan
+
+__all__ = ["converged", "record"]
+
+Float32 = NDArray[np.float32]
+
+CONVERGED_CHANGES = 0.01  # share of particles that change class
+CONVERGED_CORRELATION = 0.999  # of each average with its predecessor
+
+
+def record(
+    plan: Plan,
+    band: Band,
+    before: Checkpoint,
+    new: State,
+    posterior: Posterior,
+    total: maximization.Accumulators,
+    likelihood: float,
+    n_candidates: int,
+    clock: Clock,
+) -> IterationRecord:
+    """The record of an iteration, and whether the stopping rule holds."""
+    last, now = best_poses(before.posterior), best_poses(posterior)
+    bandwidth = plan.bandwidth(band.r_max)
+    changed = float((last.classes != now.classes).mean())
+    pose_change = float(np.median(rotation_angle(last.rotations, now.rotations)))
+    correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
+    # The grid step is that of alpha and gamma, 180 / L degrees.
+    settled = (
+        band.r_max == plan.r_final
+        and changed < CONVERGED_CHANGES
+        and pose_change < 0.25 * 180 / bandwidth
+        and min(correlation) >= CONVERGED_CORRELATION
+    )
+    observed = max(total.observed.sum(), 1.0)
+    return IterationRecord(
+        iteration=new.iteration,
+        log_likelihood=likelihood,
+        sigma=float(np.sqrt((total.observed * new.sigma2[: len(total.observed)]).sum() / observed)),
+        zeta=new.zeta,
+        alpha=[float(a) for a in new.alpha],
+        class_sizes=np.bincount(now.classes, minlength=len(new.maps)).tolist(),
+        r_max=band.r_max,
+        resolution=plan.box * plan.voxel_size / band.r_max,
+        bandwidth=bandwidth,
+        candidates=n_candidates / (total.n * len(new.maps)),
+        changed_class=changed,
+        pose_change=pose_change,
+        map_correlation=correlation,
+        near_identity=float((rotation_angle(now.rotations, np.eye(3)) < 10).mean()),
+        coverage=[float(c) for c in maximization.covered(total.weights, total.mass)],
+        converged=bool(settled),
+        seconds={name: round(s, 4) for name, s in clock.seconds.items()},
+    )
+
+
+def converged(history: list[IterationRecord]) -> bool:
+    return bool(history) and history[-1].converged
+
+
+def _correlation(a: Float32, b: Float32, mask: Float32) -> float:
+    x, y = (a * mask).ravel().astype(np.float64), (b * mask).ravel().astype(np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / max(np.sqrt((x @ x) * (y @ y)), np.finfo(np.float64).tiny))
