@@ -31,11 +31,13 @@ def correlate(p: Array, q: Array) -> Array:
     (B, 2L, 2L, 2L) float32
         Axes [b, beta, gamma, alpha] at `grid_angles(L)`.
     """
+    if p.dtype != np.complex64:
+        raise TypeError(f"p: found dtype {p.dtype}, expected complex64")
     xp = namespace(p)
     b, r, l_max, n_l = p.shape
     m = np.arange(-l_max + 1, l_max)
     # q_l,m' for m' < 0 by c_l,-m = (-1)^m conj c_lm.
-    full = q[:, abs(m)]
+    full = q[:, abs(m)].astype(np.complex64)
     sign = xp.asarray(np.where(m % 2 == 0, 1, -1).astype(np.float32))[: l_max - 1, None]
     full[:, : l_max - 1] = sign * full[:, : l_max - 1].conj()
     t = xp.ascontiguousarray(p.transpose(3, 0, 2, 1)).reshape(n_l, b * l_max, r) @ full.conj().transpose(2, 0, 1)

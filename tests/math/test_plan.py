@@ -1,0 +1,104 @@
+"""The plan of a run: the band's schedule, what is matched, the pull between classes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from faml_gpu.errors import InputError
+from faml_gpu.fast_alignment import make_reference
+from faml_gpu.fast_alignment.align import Observation, normalised_scores
+from faml_gpu.fourier import interpolation_grid, make_support
+from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.options import Options
+from faml_gpu.plan import Band, Plan, resolve
+
+N, VOXEL = 20, 10.0
+
+
+@pytest.fixture
+def particles(rng) -> ArrayParticles:
+    weights = (rng.random((N, N, N // 2 + 1)) > 0.3).astype(np.float32)
+    return ArrayParticles(rng.standard_normal((3, N, N, N)).astype(np.float32), VOXEL, weights)
+
+
+def test_band_grows_over_six_tenths_of_the_iterations(particles):
+    plan = Plan.make(particles, Options(iterations=20, mask_radius=60))
+    radii = [plan.r_max(i) for i in range(1, 21)]
+    assert radii[0] == 5 == round(N * VOXEL / (120 / 3))  # a third of the mask's diameter, 40 A, in a box of 200 A
+    assert radii == sorted(radii)
+    assert radii[10] < 9 == radii[11] == radii[-1]
+    assert {Plan.make(particles, Options(preset="paper")).r_max(i) for i in (1, 5, 20)} == {9}
+
+
+def test_a_low_passed_start_begins_at_its_resolution(particles):
+    assert Plan.make(particles, Options(mask_radius=60), 28.0).r_max(1) == 7
+    assert Plan.make(particles, Options(mask_radius=60, resolution=40), 20.0).r_max(1) == 5  # not past the limit
+
+
+@pytest.mark.parametrize("box", [10, 11, 16, 24, 64])
+def test_defaults_fit_every_box(box):
+    resolved = resolve(Options(), box, VOXEL)
+    assert 2 * VOXEL <= resolved["mask_radius"] <= box * VOXEL / 2
+    assert 1 <= resolved["r_start"] <= resolved["r_max"] == (box + 1) // 2 - 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"mask_radius": 5.0}, {"mask_radius": 99.0}, {"max_shift": 95.0}, {"resolution": 150.0}]
+)
+def test_options_that_do_not_fit_the_box(change):
+    with pytest.raises(InputError, match=f"option {next(iter(change)).replace('_', '-')}: found"):
+        resolve(Options(**change), N, VOXEL)
+
+
+def test_matched_magnitudes_are_those_of_the_masked_box(particles):
+    """By plain NumPy on the whole cube: |F[mask F^-1(w X)]|; not |X|, and for the paper nothing but |X|."""
+    plan = Plan.make(particles, Options(mask_radius=50, max_shift=20))
+    batch = particles.read(np.arange(3))
+    spectra = plan.spectra(batch)
+    band = Band(plan, 6, 6)
+    found = band.observe(batch, spectra, zeta=1.0)
+    mask = plan.reach_mask(1.0)
+    assert mask[N // 2, N // 2, N // 2 + 6] == 1  # 5 voxels and a shift of 1
+    assert mask[N // 2, N // 2, N // 2 + 9] == 0  # and an edge of 3
+    index = band.support.coords[:, ::-1] % N
+    for b in range(3):
+        seen = np.fft.fftshift(np.fft.irfftn(spectra[b] * batch.weights[0], s=(N, N, N), axes=(0, 1, 2)))
+        cube = np.fft.fftn(np.fft.ifftshift(seen * mask))
+        np.testing.assert_allclose(found.magnitudes[b], abs(cube[tuple(index.T)]), rtol=1e-4)
+    assert Band(Plan.make(particles, Options(preset="paper")), 6, 6).observe(batch, spectra, 1.0).magnitudes is None
+
+
+def test_pull_counts_in_particles(particles, rng):
+    plan = Plan.make(particles, Options(n_classes=2, iterations=10, regularization=1.0))
+    maps = rng.standard_normal((2, N, N, N)).astype(np.float32)
+    mass = np.array([30.0, 10.0])
+    mean = 0.75 * maps[0] + 0.25 * maps[1]
+    # A class of average size has 20: at the start each leans on 20 more that show the mean, half-way through on 10.
+    for iteration, extra in ((0, 20.0), (3, 10.0)):
+        for k, found in enumerate(plan.regularise(maps, mass, iteration)):
+            np.testing.assert_allclose(found, (mass[k] * maps[k] + extra * mean) / (mass[k] + extra), atol=1e-5)
+    np.testing.assert_array_equal(plan.regularise(maps, mass, 6), maps)
+    empty = plan.regularise(maps, np.array([40.0, 0.0]), 0)
+    np.testing.assert_allclose(empty[1], maps[0], atol=1e-6)
+    bare = Plan.make(particles, Options(n_classes=2, preset="paper"))
+    np.testing.assert_array_equal(bare.regularise(maps, mass, 0), maps)
+
+
+def test_kept_scores_are_bounded_and_right(rng, monkeypatch):
+    """c1 of other batches' weights is dropped past a bound; what is kept is that of its own weight."""
+    # The package's name `align` is the function.
+    monkeypatch.setattr(import_module("faml_gpu.fast_alignment.align"), "KEPT_WEIGHTS", 2)
+    support = make_support(N, 5)
+    reference = make_reference(interpolation_grid(rng.standard_normal((N, N, N)), 5, 2), 2, 5, 8)
+    precision = np.ones(len(support), np.float32)
+    kept: dict[str, np.ndarray] = {}
+    for i in range(6):
+        spectra = (rng.standard_normal((1, len(support))) + 0j).astype(np.complex64)
+        weights = (rng.random((1, len(support))) > 0.4).astype(np.float32)
+        seen = Observation(support, spectra, weights, np.zeros(1, np.int64), (f"w{i}",))
+        with_kept = normalised_scores(seen, reference, precision, centred=True, kept=kept)
+        np.testing.assert_array_equal(with_kept, normalised_scores(seen, reference, precision, centred=True))
+        assert len(kept) <= 3
