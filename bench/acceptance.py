@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def timing_case(args: argparse.Namespace) -> None:
             particles = ArrayParticles(sim.boxes, 384 / box, weights=sim.weight)
             options = Options(mask_radius=150, preset=preset, seed=args.seed, threads=args.threads, iterations=100)
             plan = Plan.make(particles, options)
-            object.__setattr__(plan, "r_start", plan.r_final)  # full band at once
+            plan = replace(plan, r_start=plan.r_final)  # full band at once
             with cpu_threads(args.threads) as threads:
                 checkpoint = faml.begin(plan, particles, None, False)
                 checkpoint = faml.iterate(plan, particles, checkpoint)  # compiles, fills the tables
