@@ -36,8 +36,10 @@ def record(
     pose_change = float(np.median(rotation_angle(last.rotations, now.rotations)))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.
+    # The last change was not one of the band: this iteration and the one before both had all of it.
     settled = (
-        band.r_max == plan.r_final
+        bool(before.history)
+        and before.history[-1].r_max == band.r_max == plan.r_final
         and changed < CONVERGED_CHANGES
         and pose_change < 0.25 * 180 / bandwidth
         and min(correlation) >= CONVERGED_CORRELATION
