@@ -52,13 +52,9 @@ def to_host(array: Array) -> np.ndarray[Any, Any]:
     return array if on_host(array) else np.asarray(array.get())
 
 
-def twin(cpu: Function, cuda: Function | None, array: Array) -> Function:
+def twin(cpu: Function, cuda: Function, array: Array) -> Function:
     """The CPU or the CUDA twin of an operation, by the type of its leading array."""
-    if namespace(array) is np:
-        return cpu
-    if cuda is None:
-        raise NotImplementedError(f"{cpu.__name__}: no CUDA twin yet, pass NumPy arrays")
-    return cuda
+    return cpu if namespace(array) is np else cuda
 
 
 def cpu_count() -> int:

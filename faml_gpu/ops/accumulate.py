@@ -7,7 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, twin
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import sample_complex, sample_real
@@ -71,7 +72,7 @@ def accumulate(
     require(rotations, "rotations", np.float64, (n, 3, 3))
     require(shifts, "shifts", np.float64, (n, 3))
     require(probability, "probability", np.float64, (n,))
-    return twin(_accumulate_cpu, None, grids)(
+    return twin(_accumulate_cpu, _accumulate_cuda, grids)(
         grids,
         weight_grids,
         weight_index,
@@ -104,10 +105,6 @@ def _accumulate_cpu(
     real = real_view(grids)
     sums = np.zeros((n_classes, len(support)), np.complex128)
     weight_sums = np.zeros((n_classes, len(support)))
-    # (R xi).t = xi.(R^T t): with the shift turned into the frame of the average, the phase has lattice tables again.
-    turned = np.einsum("nji,nj->ni", rotations, shifts)
-    k = np.arange(-support.r_max, support.r_max + 1)
-    phase = np.exp(2j * np.pi / support.box * turned[:, :, None] * k)
     _accumulate_loop(
         real,
         weight_grids,
@@ -116,7 +113,7 @@ def _accumulate_cpu(
         class_index,
         rotations.astype(real.dtype),
         real.dtype.type(padding),
-        phase.astype(grids.dtype),
+        _phase_tables(rotations, shifts, support, grids.dtype),
         probability,
         support.coords,
         support.r_max,
@@ -125,6 +122,70 @@ def _accumulate_cpu(
         weight_sums,
     )
     return sums, weight_sums
+
+
+def _accumulate_cuda(
+    grids: Array,
+    weight_grids: Array,
+    weight_index: Array,
+    particle: Array,
+    class_index: Array,
+    rotations: Array,
+    shifts: Array,
+    probability: Array,
+    support: Support,
+    padding: int,
+    n_classes: int,
+    weigh_twice: bool,
+) -> tuple[Array, Array]:
+    xp = namespace(grids)
+    real = grids.real.dtype
+    n, m = len(particle), len(support)
+    sums, weight_sums = xp.zeros((n_classes, m), np.complex128), xp.zeros((n_classes, m))
+    order = xp.argsort(class_index * n + xp.arange(n))  # by class, and as listed within a class
+    class_start = xp.searchsorted(class_index[order], xp.arange(n_classes + 1))
+    # As many entries at a time as fit into shared memory, up to where more would not help.
+    entry = 3 * (2 * support.r_max + 1) * grids.dtype.itemsize + 9 * real.itemsize
+    tile = max(1, min(8, kernels.SHARED_BYTES // entry))
+    kernels.launch(
+        "accumulate",
+        real,
+        (-(-m // kernels.THREADS["accumulate"]), n_classes),
+        (
+            grids,
+            grids.shape[-1] - 1,
+            weight_grids,
+            weight_grids.shape[-1] - 1,
+            weight_index,
+            particle,
+            order,
+            class_start,
+            rotations.astype(real),
+            _phase_tables(rotations, shifts, support, grids.dtype),
+            probability,
+            support.coords,
+            m,
+            support.r_max,
+            padding,
+            int(weigh_twice),
+            tile,
+            sums,
+            weight_sums,
+        ),
+        shared=tile * entry,
+    )
+    return sums, weight_sums
+
+
+def _phase_tables(rotations: Array, shifts: Array, support: Support, dtype: Any) -> Array:
+    """exp(2 pi i k t'_axis / N), (n, 3, 2 r_max + 1), of the shifts turned into the frame of the average.
+
+    (R xi).t = xi.(R^T t) = xi.t': with xi on the lattice the phase of a voxel is a product of three table entries.
+    """
+    xp = namespace(rotations)
+    turned = (rotations * shifts[:, :, None]).sum(axis=1)
+    k = xp.arange(-support.r_max, support.r_max + 1)
+    return xp.exp(2j * np.pi / support.box * turned[:, :, None] * k).astype(dtype)
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})

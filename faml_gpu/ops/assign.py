@@ -7,7 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, twin
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.ops._check import require
 
 __all__ = ["assign"]
@@ -51,7 +52,7 @@ def assign(
     require(rotations, "rotations", np.float64, (b, n, 3, 3))
     require(shifts, "shifts", np.float64, (b, n, 3))
     require(count, "count", np.int64, (b,))
-    return twin(_assign_cpu, None, rotations)(
+    return twin(_assign_cpu, _assign_cuda, rotations)(
         point_rotations, point_units, rotations, shifts, count, translation_weight
     )
 
@@ -73,6 +74,40 @@ def _assign_cpu(
         count,
         float(translation_weight),
         out,
+    )
+    return out
+
+
+def _assign_cuda(
+    point_rotations: Array,
+    point_units: Array,
+    rotations: Array,
+    shifts: Array,
+    count: Array,
+    translation_weight: float,
+) -> Array:
+    xp = namespace(rotations)
+    p = len(point_rotations)
+    b, n = rotations.shape[:2]
+    out = xp.zeros((b, n), np.int64)
+    chunks = -(-p // kernels.THREADS["assign"])
+    kernels.launch(
+        "assign",
+        np.float64,
+        b * chunks,
+        (
+            point_rotations,
+            point_units,
+            rotations,
+            shifts,
+            count,
+            translation_weight,
+            p,
+            n,
+            chunks,
+            out.view(np.uint64),  # what CUDA's 64-bit atomic addition takes
+        ),
+        shared=n * np.dtype(np.int32).itemsize,
     )
     return out
 

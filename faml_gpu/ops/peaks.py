@@ -7,7 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, twin
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
 
 __all__ = ["peaks"]
 
@@ -39,16 +40,46 @@ def peaks(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Arra
         raise ValueError(f"scores: found shape {scores.shape}, expected (B, n_beta, n_alpha, n_alpha), n_alpha even")
     if scores.dtype not in (np.float32, np.float64) or not scores.flags.c_contiguous:
         raise TypeError(f"scores: expected C-contiguous float32 or float64, found {scores.dtype}")
-    return twin(_peaks_cpu, None, scores)(scores, n, merge_angle)
+    return twin(_peaks_cpu, _peaks_cuda, scores)(scores, n, merge_angle)
 
 
 def _peaks_cpu(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Array]:
     b = len(scores)
     angles, values, count = np.zeros((b, n, 3)), np.zeros((b, n)), np.zeros(b, np.int64)
-    # Two rotations at least this alike (trace of R1^T R2) are the same candidate.
-    merge_trace = 1 + 2 * np.cos(np.deg2rad(merge_angle))
-    _peaks_loop(scores, merge_trace, angles, values, count)
+    _peaks_loop(scores, _merge_trace(merge_angle), angles, values, count)
     return angles, values, count
+
+
+def _peaks_cuda(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Array]:
+    xp = namespace(scores)
+    b, n_beta, _, n_alpha = scores.shape
+    angles, values, count = xp.zeros((b, n, 3)), xp.zeros((b, n)), xp.zeros(b, np.int64)
+    # No two local maxima are neighbours, so no cell of 2 x 2 x 2 points holds two.
+    capacity = (n_beta + 1) // 2 * (n_alpha // 2) ** 2
+    found, n_found = xp.empty((b, capacity), np.int32), xp.zeros(b, np.int32)
+    chunks = -(-n_beta * n_alpha**2 // kernels.THREADS["so3_maxima"])
+    kernels.launch(
+        "so3_maxima",
+        scores.dtype,
+        b * chunks,
+        (scores, n_beta, n_alpha, chunks, capacity, found, n_found),
+        file="peaks",
+    )
+    kept = xp.empty((b, n, 13))
+    kernels.launch(
+        "so3_select",
+        scores.dtype,
+        b,
+        (scores, n_beta, n_alpha, capacity, found, n_found, n, _merge_trace(merge_angle), kept, angles, values, count),
+        file="peaks",
+        shared=kernels.THREADS["so3_select"] * (scores.dtype.itemsize + np.dtype(np.int32).itemsize),
+    )
+    return angles, values, count
+
+
+def _merge_trace(merge_angle: float) -> float:
+    """Two rotations at least this alike (trace of R1^T R2) are the same candidate."""
+    return float(1 + 2 * np.cos(np.deg2rad(merge_angle)))
 
 
 @numba.njit(cache=True)

@@ -7,7 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, twin
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import sample_complex
@@ -59,7 +60,7 @@ def residual(
     require(rotations, "rotations", np.float64, (b, n, 3, 3))
     require(shifts, "shifts", np.float64, (b, n, 3))
     require(count, "count", np.int64, (b,))
-    return twin(_residual_cpu, None, grid)(
+    return twin(_residual_cpu, _residual_cuda, grid)(
         grid, spectra, weights, weight_index, rotations, shifts, count, support, padding
     )
 
@@ -90,6 +91,47 @@ def _residual_cpu(
         support.box,
         support.r_max,
         out,
+    )
+    return out
+
+
+def _residual_cuda(
+    grid: Array,
+    spectra: Array,
+    weights: Array,
+    weight_index: Array,
+    rotations: Array,
+    shifts: Array,
+    count: Array,
+    support: Support,
+    padding: int,
+) -> Array:
+    xp = namespace(grid)
+    real = grid.real.dtype
+    b, n = rotations.shape[:2]
+    out = xp.zeros((b, n, support.r_max + 1))
+    kernels.launch(
+        "residual",
+        real,
+        b * n,
+        (
+            grid,
+            grid.shape[-1] - 1,
+            spectra,
+            weights,
+            weight_index,
+            rotations.astype(real) * padding,
+            shifts,
+            count,
+            support.coords,
+            xp.asarray(support.shell_start),
+            n,
+            len(support),
+            support.r_max,
+            support.box,
+            out,
+        ),
+        shared=3 * (2 * support.r_max + 1) * grid.dtype.itemsize,
     )
     return out
 

@@ -7,8 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, twin
-from faml_gpu.ops._check import real_view, require
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
+from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import sample_complex
 
 __all__ = ["rotate"]
@@ -31,9 +32,10 @@ def rotate(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
     -------
     (n, M) array of the grid's dtype
     """
+    half_grid(grid, "grid", "c", 0)
     require(rotations, "rotations", np.float64, (None, 3, 3))
     require(coords, "coords", coords.dtype, (None, 3))
-    return twin(_rotate_cpu, None, grid)(grid, rotations, coords, padding)
+    return twin(_rotate_cpu, _rotate_cuda, grid)(grid, rotations, coords, padding)
 
 
 def _rotate_cpu(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
@@ -42,6 +44,17 @@ def _rotate_cpu(grid: Array, rotations: Array, coords: Array, padding: int) -> A
     _rotate_loop(
         real, rotations.astype(real.dtype), coords.astype(real.dtype), real.dtype.type(padding), real_view(out)
     )
+    return out
+
+
+def _rotate_cuda(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
+    xp = namespace(grid)
+    real = grid.real.dtype
+    n, m = len(rotations), len(coords)
+    out = xp.empty((n, m), grid.dtype)
+    blocks = (-(-m // kernels.THREADS["rotate"]), min(n, kernels.MAX_ROWS))
+    c = grid.shape[-1] - 1
+    kernels.launch("rotate", real, blocks, (grid, c, rotations.astype(real) * padding, coords.astype(real), n, m, out))
     return out
 
 
