@@ -1,7 +1,7 @@
 """NumPy or CuPy, decided by the arrays themselves: array type in = array type out. No global switch.
 
-Also the few things that differ between the two: the FFT module, the thread count, the memory of a batch,
-profiler ranges.
+Also the few things that differ between the two: the FFT module, threads, memory and how it runs out, profiler ranges.
+A device is named "cpu", "cuda:0", "cuda:1" ...
 """
 
 from __future__ import annotations
@@ -17,10 +17,32 @@ import numpy as np
 import scipy.fft
 from threadpoolctl import threadpool_limits
 
-__all__ = ["Array", "cpu_count", "cpu_threads", "fft_module", "namespace", "on_host", "step", "to_host", "twin"]
+from faml_gpu.errors import InputError
+
+__all__ = [
+    "Array",
+    "cpu_count",
+    "cpu_threads",
+    "device_of",
+    "fft_module",
+    "free_memory",
+    "namespace",
+    "on_host",
+    "out_of_memory",
+    "release_memory",
+    "step",
+    "synchronize",
+    "to_device",
+    "to_host",
+    "twin",
+    "use_device",
+    "working_bytes",
+]
 
 Array = Any  # numpy.ndarray or cupy.ndarray; shapes and dtypes are in the docstrings
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+FFT_PLANS = 16  # kept by CuPy for later calls; each may hold as much memory as the arrays it works on
 
 
 def on_host(array: Array) -> bool:
@@ -50,6 +72,84 @@ def fft_module(array: Array) -> Any:
 def to_host(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy array with the same values."""
     return array if on_host(array) else np.asarray(array.get())
+
+
+def device_of(array: Array) -> str:
+    """ "cpu", or "cuda:i" of the device that holds an array."""
+    return "cpu" if on_host(array) else f"cuda:{array.device.id}"
+
+
+def to_device(array: Array, device: str) -> Array:
+    """The array on the CPU or, as CuPy's, on the current CUDA device; no copy if it is there."""
+    if device == "cpu":
+        return to_host(array)
+    import cupy
+
+    return cupy.asarray(array)
+
+
+@contextmanager
+def use_device(device: str) -> Iterator[None]:
+    """Inside the block new arrays of CuPy's lie on that device; nothing to do for "cpu".
+
+    Raises
+    ------
+    InputError
+        If the block runs out of the device's memory.
+    """
+    if device == "cpu":
+        yield
+        return
+    import cupy
+
+    with cupy.cuda.Device(int(device.partition(":")[2])):
+        cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
+        try:
+            yield
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise InputError(
+                f"option device: found too little memory on {device} for even one particle at a time ({error}); "
+                "free some, use a smaller bandwidth or padding, or the CPU"
+            ) from error
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device != "cpu":
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+
+
+def free_memory(device: str) -> int:
+    """Bytes of the current CUDA device that can still be had, with what CuPy's pool holds unused; of "cpu" 1 GiB."""
+    if device == "cpu":
+        return 1 << 30  # what a batch should take, however much there is: larger ones are no faster
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    return int(cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
+
+
+def working_bytes(array: Array) -> int:
+    """Bytes of intermediate arrays a step should make at a time: little for a CPU's caches, more to fill a GPU."""
+    return 1 << 27 if on_host(array) else 1 << 29
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a CUDA device has too little memory."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(error, cupy.cuda.memory.OutOfMemoryError)
+
+
+def release_memory(device: str) -> None:
+    """Give what CuPy's pools and FFT plans hold unused back to the device."""
+    if device != "cpu":
+        import cupy
+
+        cupy.fft.config.get_plan_cache().clear()
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
 def twin(cpu: Function, cuda: Function, array: Array) -> Function:

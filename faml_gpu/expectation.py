@@ -24,6 +24,7 @@ class BatchPosterior:
     particle, class_index (n,) int64; rotations (n, 3, 3); shifts (n, 3); probability (n,), sums to 1 per particle.
     residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose.
     log_likelihood (B,): logsumexp over classes and poses; class_probability (B, K), of all poses.
+    candidates: how many poses of all classes there were.
     """
 
     particle: NDArray[np.int64]
@@ -34,6 +35,7 @@ class BatchPosterior:
     residual: NDArray[np.float64]
     log_likelihood: NDArray[np.float64]
     class_probability: NDArray[np.float64]
+    candidates: int
 
 
 def expectation(
@@ -108,6 +110,7 @@ def expectation(
             np.stack(residuals)[class_index, particle, pose],
             evidence,
             probability.sum(axis=2),
+            sum(int(c.count.sum()) for c in candidates),
         )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import maximization, voronoi
-from faml_gpu.array_backend import cpu_threads
+from faml_gpu.array_backend import Array, cpu_threads, use_device
 from faml_gpu.data import (
+    Batch,
     Checkpoint,
     ParticleSource,
     Poses,
@@ -19,8 +20,9 @@ from faml_gpu.data import (
     State,
     best_poses,
 )
+from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
-from faml_gpu.expectation import expectation, log_normaliser
+from faml_gpu.expectation import BatchPosterior, expectation, log_normaliser
 from faml_gpu.fast_alignment import single_best
 from faml_gpu.history import converged, record
 from faml_gpu.options import Options
@@ -74,8 +76,9 @@ def run(
     """
     if initial_lowpass is None and (reference is not None or use_poses):
         initial_lowpass = 2 * particles.voxel_size  # a start taken as it is: nothing cut off
-    plan = Plan.make(particles, options, initial_lowpass)
-    with cpu_threads(options.threads):
+    device, _ = choose_device(options.device)
+    with cpu_threads(options.threads), use_device(device):
+        plan = Plan.make(particles, options, initial_lowpass, device)
         if checkpoint is None:
             checkpoint = begin(plan, particles, reference, use_poses)
         while checkpoint.state.iteration < options.iterations and not converged(checkpoint.history):
@@ -104,7 +107,7 @@ def begin(plan: Plan, particles: ParticleSource, reference: Float32 | None, use_
         raise InputError("option use-poses: the input has no poses, expected rlnAngle* and rlnOrigin* columns")
     if reference is not None and plan.options.n_classes > 1:
         # One map cannot tell K classes apart: align everything to it, then split at random.
-        single = Plan.make(particles, replace(plan.options, n_classes=1), plan.initial_lowpass)
+        single = Plan.make(particles, replace(plan.options, n_classes=1), plan.initial_lowpass, plan.device)
         aligned = best_poses(iterate(single, particles, start(single, particles, reference, poses)).posterior)
         reference, poses = None, Poses(aligned.rotations, aligned.shifts)
     return start(plan, particles, reference, poses)
@@ -114,38 +117,39 @@ def iterate(
     plan: Plan, particles: ParticleSource, checkpoint: Checkpoint, progress: Progress | None = None
 ) -> Checkpoint:
     """One iteration of Algorithm 1: Theta and the averages in, new Theta and the posterior out."""
-    state, clock = checkpoint.state, Clock()
-    band = plan.band(state.iteration + 1)
-    precision = band.precision(state.sigma2)
-    points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, plan.rng(state.iteration + 1))
+    state, clock = checkpoint.state, Clock(plan.device)
+    band, rng = plan.band(state), plan.rng(state.iteration + 1)
+    points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
     with clock("references"):
-        references, old = band.references(state.maps)
-    total = maximization.Accumulators.zero(len(state.maps), len(band.output), band.support.r_max)
-    posteriors, n_candidates, kept = [], 0, [{} for _ in references]  # type: ignore[var-annotated]
+        references, old = band.references()
+    kept: list[dict[str, Array]] = [{} for _ in references]
 
-    for batch, spectra in plan.batches(particles, clock, progress, f"iteration {state.iteration + 1}"):
-        observation = band.observe(batch, spectra, state.zeta)
+    def e_step(batch: Batch, spectra: Array, first: int) -> tuple[BatchPosterior, maximization.Accumulators]:
+        observation = band.observe(batch, spectra)
         with clock("fast alignment"):
-            candidates = [band.align(observation, r, precision, c) for r, c in zip(references, kept, strict=True)]
+            candidates = [band.align(observation, r, c) for r, c in zip(references, kept, strict=True)]
             if plan.options.method == "fa":
                 candidates = single_best(candidates)
             elif plan.options.choices.poses == "refined":
-                earlier = select(checkpoint.posterior, total.n, total.n + len(spectra))
-                candidates = band.refine(observation, references, candidates, precision, earlier)
-        n_candidates += sum(int(c.count.sum()) for c in candidates)
+                earlier = select(checkpoint.posterior, first, first + len(spectra))
+                candidates = band.refine(observation, references, candidates, earlier)
         with clock("voronoi"):
             volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
         with clock("rotate back"):
-            total.merge(band.accumulate(posterior, observation, batch, spectra))
+            return posterior, band.accumulate(posterior, observation, batch, spectra)
+
+    posteriors, total = [], maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device)
+    for posterior, sums in plan.over_batches(particles, e_step, clock, progress, f"iteration {state.iteration + 1}"):
+        total.merge(sums)
         posteriors.append(posterior)
 
     with clock("maximization"):
+        total, merged = total.on_host(), join(posteriors)
         new = maximize(plan, band, state, total, old)
-        merged = join(posteriors)
         likelihood = total.log_evidence + log_normaliser(total.observed, state.sigma2, state.zeta, total.n)
-    row = record(plan, band, checkpoint, new, merged, total, likelihood, n_candidates, clock)
+    row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
     return Checkpoint(new, merged, [*checkpoint.history, row])
 
 

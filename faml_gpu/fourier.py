@@ -7,12 +7,12 @@ sum over the list. r_max <= ceil(N/2) - 1 keeps the Nyquist planes, which have n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.array_backend import Array, fft_module, namespace
+from faml_gpu.array_backend import Array, fft_module, namespace, to_device
 
 __all__ = [
     "Support",
@@ -34,7 +34,7 @@ class Support:
     box, r_max : N and r_max
     coords : (M, 3) int32, xi = (x, y, z)
     shell : (M,) int32, |xi| rounded, 1 .. r_max
-    shell_start : (r_max + 2,) int64; shell s is the slice shell_start[s] : shell_start[s + 1]
+    shell_start : (r_max + 2,) int64, always NumPy; shell s is the slice shell_start[s] : shell_start[s + 1]
     index : (M,) int64, flat index of xi in an rfftn array (N, N, N//2 + 1)
     """
 
@@ -47,6 +47,11 @@ class Support:
 
     def __len__(self) -> int:
         return len(self.shell)
+
+    def to(self, device: str) -> Support:
+        """The same with its arrays on another device."""
+        coords, shell, index = (to_device(a, device) for a in (self.coords, self.shell, self.index))
+        return replace(self, coords=coords, shell=shell, index=index)
 
     def gather(self, spectrum: Array) -> Array:
         """Values (..., M) on the list, from rfftn arrays (..., N, N, N//2 + 1)."""

@@ -26,7 +26,6 @@ def record(
     posterior: Posterior,
     total: maximization.Accumulators,
     likelihood: float,
-    n_candidates: int,
     clock: Clock,
 ) -> IterationRecord:
     """The record of an iteration, and whether the stopping rule holds."""
@@ -55,7 +54,7 @@ def record(
         r_max=band.r_max,
         resolution=plan.box * plan.voxel_size / band.r_max,
         bandwidth=bandwidth,
-        candidates=n_candidates / (total.n * len(new.maps)),
+        candidates=total.candidates / (total.n * len(new.maps)),
         changed_class=changed,
         pose_change=pose_change,
         map_correlation=correlation,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step, to_host
+from faml_gpu.array_backend import Array, namespace, step, to_device, to_host
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, weight_grid
@@ -37,29 +37,32 @@ class Accumulators:
 
     sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w;
     mass (K,): sum of P; residual, observed (r_max + 1,): sum of P w^2 |X - RA|^2 and of w^2 per Fourier shell;
-    shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; n: particles.
+    shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
+    `sums` and `weights` are on the device of the E-step, the rest is NumPy's.
     """
 
-    sums: NDArray[np.complex128]
-    weights: NDArray[np.float64]
+    sums: Array
+    weights: Array
     mass: NDArray[np.float64]
     residual: NDArray[np.float64]
     observed: NDArray[np.float64]
     shift2: float
     log_evidence: float
+    candidates: int
     n: int
 
     @classmethod
-    def zero(cls, n_classes: int, n_voxels: int, r_max: int) -> Accumulators:
+    def zero(cls, n_classes: int, n_voxels: int, r_max: int, device: str = "cpu") -> Accumulators:
         """Sums over no particle."""
         return cls(
-            np.zeros((n_classes, n_voxels), np.complex128),
-            np.zeros((n_classes, n_voxels)),
+            to_device(np.zeros((n_classes, n_voxels), np.complex128), device),
+            to_device(np.zeros((n_classes, n_voxels)), device),
             np.zeros(n_classes),
             np.zeros(r_max + 1),
             np.zeros(r_max + 1),
             0.0,
             0.0,
+            0,
             0,
         )
 
@@ -72,7 +75,12 @@ class Accumulators:
         self.observed += other.observed
         self.shift2 += other.shift2
         self.log_evidence += other.log_evidence
+        self.candidates += other.candidates
         self.n += other.n
+
+    def on_host(self) -> Accumulators:
+        """The same with NumPy arrays only, for the M-step."""
+        return replace(self, sums=to_host(self.sums), weights=to_host(self.weights))
 
 
 def rotate_back(
@@ -87,7 +95,7 @@ def rotate_back(
     *,
     weigh_twice: bool = False,
     compensate: bool = True,
-) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+) -> tuple[Array, Array]:
     """Sums of P R^-1(w X) and P R^-1 w over a batch, per class, on `support`, with w^2 for w (same for 0 and 1).
 
     The likelihood weighs residuals by w^2, so its maximum over A does too: with a w between 0 and 1, Eq. 10 as
@@ -112,7 +120,7 @@ def rotate_back(
         if mask is not None:
             volumes *= mask
         grids = interpolation_grid(volumes, support.r_max, padding, compensate=compensate)
-        sums, weight_sums = ops.accumulate(
+        return ops.accumulate(
             grids,
             weight_grid(squared, support.r_max),
             weight_index,
@@ -126,7 +134,6 @@ def rotate_back(
             n_classes,
             weigh_twice=weigh_twice,
         )
-        return to_host(sums), to_host(weight_sums)
 
 
 def noise_sums(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import fast_alignment, fourier, masks, maximization
-from faml_gpu.data import Batch, ParticleSource, Posterior, Progress
+from faml_gpu.array_backend import (
+    Array,
+    device_of,
+    free_memory,
+    namespace,
+    out_of_memory,
+    release_memory,
+    synchronize,
+    to_device,
+    to_host,
+)
+from faml_gpu.data import Batch, ParticleSource, Posterior, Progress, State
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.fast_alignment import Candidates, Observation, Reference, ShiftWindow
@@ -23,9 +35,10 @@ from faml_gpu.posteriors import likeliest
 __all__ = ["Band", "Clock", "Plan", "resolve"]
 
 Float32 = NDArray[np.float32]
+Done = TypeVar("Done")
 
-BATCH_BYTES = 1 << 30  # of working memory a batch of particles may take
-BATCH_PARTICLES = 32
+BATCH_SHARE = {"cpu": 1.0, "cuda": 0.35}  # of the free memory, see `array_backend.free_memory`, a batch may take
+BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -42,12 +55,19 @@ class Plan:
     r_final: int
     r_start: int
     mask: Float32
-    batch_size: int
+    batch: BatchSize
     initial_lowpass: float | None
     regularization: float
+    device: str
 
     @classmethod
-    def make(cls, particles: ParticleSource, options: Options, initial_lowpass: float | None = None) -> Plan:
+    def make(
+        cls,
+        particles: ParticleSource,
+        options: Options,
+        initial_lowpass: float | None = None,
+        device: str = "cpu",
+    ) -> Plan:
         """Resolve the options for these particles; `InputError` where they do not fit."""
         n = len(particles)
         if options.n_classes > n:
@@ -57,6 +77,11 @@ class Plan:
         padded = (box * options.padding) ** 3
         grid = (4 * resolved["bandwidth"]) * (2 * resolved["bandwidth"]) ** 2
         each = 4 * (6 * box**3 + 5 * padded + 6 * grid * options.n_classes)
+        kind = device.partition(":")[0]
+        size = int(np.clip(BATCH_SHARE[kind] * free_memory(device) / each, 1, BATCH_PARTICLES[kind]))
+        if kind == "cuda":
+            # What is free changes a little from run to run; the batches, and with them the rounding, should not.
+            size = 1 << (size.bit_length() - 1)
         return cls(
             options,
             box,
@@ -66,9 +91,10 @@ class Plan:
             resolved["r_max"],
             resolved["r_start"],
             masks.soft_sphere(box, radius, SOFT_EDGE),
-            int(np.clip(BATCH_BYTES // each, 1, BATCH_PARTICLES)),
+            BatchSize(size),
             initial_lowpass,
             resolved["regularization"],
+            device,
         )
 
     @property
@@ -92,33 +118,66 @@ class Plan:
         """L: given, 36 (`paper`), or enough for the band and the mask, at most 36."""
         return _bandwidth(self.options, r_max, self.mask_radius / self.box)
 
-    def band(self, iteration: int) -> Band:
-        """What an iteration needs of its band; its averages reach to the band of the next."""
-        return Band(self, self.r_max(iteration), self.r_max(min(iteration + 1, self.options.iterations)))
+    def band(self, state: State) -> Band:
+        """What the next iteration needs of its band; its averages reach to the band of the one after."""
+        iteration = state.iteration + 1
+        return Band(self, state, self.r_max(iteration), self.r_max(min(iteration + 1, self.options.iterations)))
 
-    def batches(
-        self, particles: ParticleSource, clock: Clock, progress: Progress | None, name: str
-    ) -> Iterator[tuple[Batch, NDArray[np.complex64]]]:
-        """Batches in order, each with the transforms of its normalised boxes."""
-        n = len(particles)
-        for first in range(0, n, self.batch_size):
-            with clock("read"):
-                batch = particles.read(np.arange(first, min(first + self.batch_size, n)))
-                spectra = self.spectra(batch)
-            yield batch, spectra
+    def over_batches(
+        self,
+        particles: ParticleSource,
+        work: Callable[[Batch, Array, int], Done],
+        clock: Clock,
+        progress: Progress | None,
+        name: str,
+    ) -> Iterator[Done]:
+        """Map over the particles: `work(batch, spectra, first)` for each batch on the device, in order.
+
+        `spectra` are the transforms of its normalised boxes, `first` is the number of its first particle. A batch for
+        which the device has too little memory is done again in halves, and so are all after it.
+        """
+        n, first = len(particles), 0
+
+        def attempt(size: int) -> Done | None:
+            try:
+                with clock("read"):
+                    batch = self.to_device(particles.read(np.arange(first, first + size)))
+                    spectra = self.spectra(batch)
+                return work(batch, spectra, first)
+            except Exception as error:
+                if size == 1 or not out_of_memory(error):
+                    raise
+            return None
+
+        while first < n:
+            size = min(self.batch.size, n - first)
+            done = attempt(size)
+            if done is None:
+                # Only now are the arrays of the failed attempt gone.
+                release_memory(self.device)
+                self.batch.size = -(-size // 2)
+                continue
+            first += size
+            yield done
             if progress is not None:
-                progress(name, min(first + self.batch_size, n), n)
+                progress(name, first, n)
 
-    def spectra(self, batch: Batch) -> NDArray[np.complex64]:
-        """Transforms (B, N, N, N//2 + 1) of the boxes, normalised and with bright protein."""
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch with its arrays on the device: the one transfer to it."""
+        boxes, weights, index = (to_device(a, self.device) for a in (batch.boxes, batch.weights, batch.weight_index))
+        return replace(batch, boxes=boxes, weights=weights, weight_index=index)
+
+    def spectra(self, batch: Batch) -> Array:
+        """Transforms (B, N, N, N//2 + 1) complex64 of the boxes, normalised and with bright protein."""
         boxes = -batch.boxes if self.options.invert else batch.boxes
         if self.options.normalize:
-            boxes = masks.normalise(boxes, self.mask)
-        return np.asarray(fourier.transform(boxes))
+            boxes = masks.normalise(boxes, namespace(boxes).asarray(self.mask))
+        return fourier.transform(boxes)
 
     def to_maps(self, averages: NDArray[np.complex128] | NDArray[np.complex64], support: Support) -> Float32:
         """Maps (K, N, N, N) float32 from averages (K, M); the constant left free puts the background at 0."""
-        maps = fourier.inverse_transform(support.scatter(averages.astype(np.complex64)), self.box)
+        spectra = support.scatter(to_device(averages.astype(np.complex64), device_of(support.coords)))
+        maps = to_host(fourier.inverse_transform(spectra, self.box))
         outside = self.mask == 0
         return np.asarray(maps - maps[:, outside].mean(axis=1)[:, None, None, None])
 
@@ -126,18 +185,18 @@ class Plan:
         self,
         posterior: BatchPosterior | Posterior,
         batch: Batch,
-        spectra: NDArray[np.complex64],
+        spectra: Array,
         support: Support,
         n_classes: int,
         *,
         weigh_twice: bool = False,
-    ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+    ) -> tuple[Array, Array]:
         """Sums of the M-step over a batch, see `maximization.rotate_back`."""
         return maximization.rotate_back(
             spectra,
             batch.weights,
             batch.weight_index,
-            self.reach_mask(self.max_shift),
+            self.wide_mask,
             posterior,
             support,
             self.options.padding,
@@ -166,6 +225,11 @@ class Plan:
         radius = max(self.mask_radius, min(self.mask_radius + min(shift, self.max_shift), widest))
         return masks.soft_sphere(self.box, radius, SOFT_EDGE)
 
+    @cached_property
+    def wide_mask(self) -> Array:
+        """`reach_mask` for every shift searched, on the device."""
+        return to_device(self.reach_mask(self.max_shift), self.device)
+
     def lowpass(self, maps: Float32) -> Float32:
         """Maps (K, N, N, N) cut off at the initial low-pass, if there is one."""
         if self.initial_lowpass is None:
@@ -186,39 +250,53 @@ class Plan:
         return np.asarray(volume * np.float32((a * b).sum() / max((a * a).sum(), np.finfo(np.float32).tiny)))
 
 
+@dataclass
+class BatchSize:
+    """Particles of a batch; fewer once memory has run out."""
+
+    size: int
+
+
 @dataclass(frozen=True)
 class Band:
-    """One iteration's active support and what hangs on it."""
+    """One iteration's active support and what hangs on it; its arrays are on the plan's device."""
 
     plan: Plan
+    state: State
     r_max: int
     r_output: int
     support: Support = field(init=False)
     output: Support = field(init=False)
-    inside: NDArray[np.bool_] = field(init=False)
+    inside: NDArray[np.bool_] = field(init=False)  # on the host, as the M-step
     window: ShiftWindow = field(init=False)
 
     def __post_init__(self) -> None:
-        support = fourier.make_support(self.plan.box, self.r_max)
+        device = self.plan.device
         output = fourier.make_support(self.plan.box, max(self.r_max, self.r_output))
-        object.__setattr__(self, "support", support)
-        object.__setattr__(self, "output", output)
+        object.__setattr__(self, "support", fourier.make_support(self.plan.box, self.r_max).to(device))
+        object.__setattr__(self, "output", output.to(device))
         object.__setattr__(self, "inside", (output.coords.astype(np.int64) ** 2).sum(axis=1) <= self.r_max**2)
-        object.__setattr__(self, "window", fast_alignment.shift_window(support, self.plan.max_shift))
+        object.__setattr__(self, "window", fast_alignment.shift_window(self.support, self.plan.max_shift))
 
-    def precision(self, sigma2: NDArray[np.float64]) -> Float32:
-        """1 / sigma^2 at each voxel of the support."""
-        return (1 / sigma2[self.support.shell]).astype(np.float32)
+    @cached_property
+    def precision(self) -> Array:
+        """1 / sigma^2 (M,) float32 at each voxel of the support."""
+        return to_device((1 / self.state.sigma2).astype(np.float32), self.plan.device)[self.support.shell]
 
-    def references(self, maps: Float32) -> tuple[list[Reference], NDArray[np.complex64]]:
-        """The averages ready to be matched, and their transforms (K, M) on the output support."""
-        masked = maps * self.plan.mask
+    @cached_property
+    def reach(self) -> Array:
+        """Mask around what shifts as wide as the last iteration found them leave of the particle."""
+        return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
+
+    def references(self) -> tuple[list[Reference], NDArray[np.complex64]]:
+        """The averages ready to be matched, and their transforms (K, M) on the output support (on the host)."""
+        masked = to_device(self.state.maps * self.plan.mask, self.plan.device)
         padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
         grids = fourier.interpolation_grid(masked, self.r_max, padding)
         references = [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
-        return references, self.output.gather(fourier.transform(masked))
+        return references, to_host(self.output.gather(fourier.transform(masked)))
 
-    def observe(self, batch: Batch, spectra: NDArray[np.complex64], zeta: float) -> Observation:
+    def observe(self, batch: Batch, spectra: Array) -> Observation:
         """The batch on the active support."""
         gather = self.support.gather
         weights, magnitudes = gather(batch.weights), None
@@ -226,23 +304,20 @@ class Band:
             # Without phases nothing says where in the box a signal lies: what is outside the particle's reach, noise
             # and neighbours, would add to |X| all the same.
             inside = fourier.inverse_transform(spectra * batch.weights[batch.weight_index], self.plan.box)
-            magnitudes = abs(gather(fourier.transform(inside * self.plan.reach_mask(zeta))))
+            magnitudes = abs(gather(fourier.transform(inside * self.reach)))
         return Observation(self.support, gather(spectra), weights, batch.weight_index, batch.weight_ids, magnitudes)
 
-    def align(
-        self, observation: Observation, reference: Reference, precision: Float32, kept: dict[str, Any]
-    ) -> Candidates:
+    def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:
         """Step 1 against one class."""
         centred = self.plan.options.choices.magnitudes == "centred"
         n = self.plan.options.candidates
-        return fast_alignment.align(observation, reference, precision, self.window, n, centred=centred, kept=kept)
+        return fast_alignment.align(observation, reference, self.precision, self.window, n, centred=centred, kept=kept)
 
     def refine(
         self,
         observation: Observation,
         references: list[Reference],
         candidates: list[Candidates],
-        precision: Float32,
         earlier: Posterior,
     ) -> list[Candidates]:
         """Likeliest candidates moved to the likelihood's maximum, the particles' earlier poses among them."""
@@ -250,12 +325,12 @@ class Band:
         for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
             found = fast_alignment.carry_over(found, *likeliest(earlier, k, REFINED))
             refined.append(
-                fast_alignment.refine(observation, reference, found, precision, REFINED, self.plan.max_shift)
+                fast_alignment.refine(observation, reference, found, self.precision, REFINED, self.plan.max_shift)
             )
         return refined
 
     def accumulate(
-        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: NDArray[np.complex64]
+        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array
     ) -> maximization.Accumulators:
         """What a batch adds to the sums of the M-step."""
         n_classes = posterior.class_probability.shape[1]
@@ -272,6 +347,7 @@ class Band:
             observed,
             float(posterior.probability @ (posterior.shifts**2).sum(axis=1)),
             float(posterior.log_likelihood.sum()),
+            posterior.candidates,
             len(spectra),
         )
 
@@ -329,13 +405,15 @@ def _bandwidth(options: Options, r_max: int, relative_radius: float) -> int:
 
 
 class Clock:
-    """Seconds spent per step."""
+    """Seconds spent per step; a GPU is waited for at its end, so that the time is that of this step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.seconds: dict[str, float] = {}
+        self.device = device
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
+        synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import fourier, maximization
-from faml_gpu.data import Checkpoint, ParticleSource, Poses, Posterior, Progress, State
+from faml_gpu.array_backend import Array, to_host
+from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, Progress, State
 from faml_gpu.plan import Clock, Plan
 from faml_gpu.posteriors import one_hot, select
 
@@ -69,16 +70,17 @@ def final_averages(
     plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
 ) -> Float32:
     """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage."""
-    support = fourier.make_support(plan.box, fourier.full_band(plan.box))
+    support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
     weights = np.zeros((n_classes, len(support)))
-    done = 0
-    for batch, spectra in plan.batches(particles, Clock(), progress, "averages"):
-        part = select(posterior, done, done + len(spectra))
-        s, w = plan.rotate_back(part, batch, spectra, support, n_classes)
-        sums += s
-        weights += w
-        done += len(spectra)
+
+    def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
+        part = select(posterior, first, first + len(spectra))
+        return plan.rotate_back(part, batch, spectra, support, n_classes)
+
+    for s, w in plan.over_batches(particles, add, Clock(), progress, "averages"):
+        sums += to_host(s)
+        weights += to_host(w)
     mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
     return plan.to_maps(maximization.direct_average(sums, weights, mass), support)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step
+from faml_gpu.array_backend import Array, namespace, step, to_device
 from faml_gpu.geometry import random_euler, random_rotations
 
 __all__ = ["ALPHA_TRD", "N_POINTS", "PosePoints", "draw_points", "log_volumes"]
@@ -25,10 +25,10 @@ class PosePoints:
     units: Array
 
 
-def draw_points(n: int, measure: Literal["haar", "euler"], rng: np.random.Generator) -> PosePoints:
+def draw_points(n: int, measure: Literal["haar", "euler"], rng: np.random.Generator, device: str = "cpu") -> PosePoints:
     """n random poses; "haar" is the invariant measure of SO(3), "euler" draws each angle uniformly (the paper)."""
     rotations = random_rotations(n, rng) if measure == "haar" else random_euler(n, rng)
-    return PosePoints(rotations, rng.random((n, 3)))
+    return PosePoints(to_device(rotations, device), to_device(rng.random((n, 3)), device))
 
 
 def log_volumes(points: PosePoints, rotations: Array, shifts: Array, count: Array) -> Array:
@@ -50,5 +50,5 @@ def log_volumes(points: PosePoints, rotations: Array, shifts: Array, count: Arra
     """
     xp = namespace(rotations)
     with step("voronoi"):
-        hits = ops.assign(xp.asarray(points.rotations), xp.asarray(points.units), rotations, shifts, count, ALPHA_TRD)
+        hits = ops.assign(points.rotations, points.units, rotations, shifts, count, ALPHA_TRD)
         return xp.log((hits + 0.5) / (len(points.units) + 0.5 * count[:, None]))

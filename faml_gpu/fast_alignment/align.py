@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step, to_host
+from faml_gpu.array_backend import Array, device_of, namespace, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
 from faml_gpu.fast_alignment.so3 import correlate
 from faml_gpu.fast_alignment.translations import ShiftWindow
@@ -70,9 +70,9 @@ class Candidates:
 def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
     """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid."""
     xp = namespace(grid)
-    sphere = sphere_grid(bandwidth)
-    radii = np.arange(1, r_max + 1, dtype=np.float64)
-    points = xp.asarray((radii[:, None, None] * sphere.directions).reshape(-1, 3))
+    sphere = sphere_grid(bandwidth, device=device_of(grid))
+    radii = xp.arange(1, r_max + 1, dtype=np.float64)
+    points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
     values = abs(ops.rotate(grid, xp.eye(3)[None], points, padding)[0]).reshape(r_max, -1)
     return Reference(grid, padding, bandwidth, sphere.coefficients(values), sphere.coefficients(values**2))
 
@@ -113,7 +113,8 @@ def normalised_scores(
     while len(kept) > KEPT_WEIGHTS:
         kept.pop(next(name for name in kept if name not in observation.weight_ids))
     if missing:
-        squared = correlate(harmonics.coefficients(observation.weights[missing] ** 2 * precision), reference.power)
+        weights = xp.stack([observation.weights[i] for i in missing])
+        squared = correlate(harmonics.coefficients(weights**2 * precision), reference.power)
         for i, c1 in zip(missing, squared, strict=True):
             kept[observation.weight_ids[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
     magnitude = abs(observation.spectra) if observation.magnitudes is None else observation.magnitudes
@@ -123,9 +124,7 @@ def normalised_scores(
         mean = total / xp.maximum(observed, np.finfo(np.float32).tiny)
         magnitude = magnitude - mean[:, support.shell].astype(np.float32)
     scores = correlate(harmonics.coefficients(magnitude * weight**2 * precision), reference.magnitude)
-    rows = to_host(observation.weight_index)
-    for b, row in enumerate(rows):
-        scores[b] /= kept[observation.weight_ids[row]]
+    scores /= xp.stack([kept[name] for name in observation.weight_ids])[observation.weight_index]
     return scores
 
 
@@ -162,28 +161,49 @@ def align(
         angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
         rotations = xp.asarray(euler_to_matrix(to_host(angles)))
     with step("translations"):
-        shifts, correlation = xp.zeros(angles.shape), xp.zeros(angles.shape[:2])
-        for b, n in enumerate(to_host(count)):
-            weight = observation.weights[observation.weight_index[b]] ** 2 * precision
-            rotated = ops.rotate(reference.grid, rotations[b, :n], observation.support.coords, reference.padding)
-            shifts[b, :n], cross = window.best(weight * observation.spectra[b] * rotated.conj())
-            power = 2 * (weight * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
-            own = 2 * (weight * abs(observation.spectra[b]) ** 2).sum(dtype=np.float64)
-            correlation[b, :n] = cross / xp.sqrt(xp.maximum(power * own, np.finfo(np.float64).tiny))
+        shifts, correlation = _best_shifts(observation, reference, precision, window, rotations, count)
     return Candidates(rotations, shifts, correlation, count)
+
+
+def _best_shifts(
+    observation: Observation,
+    reference: Reference,
+    precision: Array,
+    window: ShiftWindow,
+    rotations: Array,
+    count: Array,
+) -> tuple[Array, Array]:
+    """Best shift (B, n, 3) of each candidate rotation (B, n, 3, 3) and the constrained correlation (B, n) there."""
+    xp = namespace(observation.spectra)
+    b, n = rotations.shape[:2]
+    weight = observation.weights[observation.weight_index] ** 2 * precision
+    weighted = weight * observation.spectra
+    own = 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
+    shifts, correlation = xp.zeros((b * n, 3)), xp.zeros(b * n)
+    # One list over all particles, in pieces that fill the device: few candidates of many particles cost no more.
+    listed = np.nonzero(np.arange(n) < to_host(count)[:, None])
+    for first in range(0, len(listed[0]), window.at_once):
+        particle, pose = (xp.asarray(index[first : first + window.at_once]) for index in listed)
+        rotated = ops.rotate(reference.grid, rotations[particle, pose], observation.support.coords, reference.padding)
+        entry = particle * n + pose
+        shifts[entry], cross = window.best(weighted[particle] * rotated.conj())
+        power = 2 * (weight[particle] * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
+        correlation[entry] = cross / xp.sqrt(xp.maximum(power * own[particle], np.finfo(np.float64).tiny))
+    return shifts.reshape(b, n, 3), correlation.reshape(b, n)
 
 
 def single_best(candidates: list[Candidates]) -> list[Candidates]:
     """`fa`: of all classes and poses of a particle only the one of highest constrained correlation."""
-    score = np.stack([np.where(np.arange(c.correlation.shape[1]) < c.count[:, None], c.correlation, -np.inf)
+    xp = namespace(candidates[0].rotations)
+    score = xp.stack([xp.where(xp.arange(c.correlation.shape[1]) < c.count[:, None], c.correlation, -np.inf)
                       for c in candidates])  # fmt: skip
     pose = score.argmax(axis=2)  # (K, B)
-    rows = np.arange(score.shape[1])
+    rows = xp.arange(score.shape[1])
     classes = score.max(axis=2).argmax(axis=0)
     return [
         Candidates(
-            np.ascontiguousarray(c.rotations[rows, pose[k]][:, None]),
-            np.ascontiguousarray(c.shifts[rows, pose[k]][:, None]),
+            xp.ascontiguousarray(c.rotations[rows, pose[k]][:, None]),
+            xp.ascontiguousarray(c.shifts[rows, pose[k]][:, None]),
             c.correlation[rows, pose[k]][:, None],
             (classes == k).astype(np.int64),
         )

@@ -14,12 +14,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.array_backend import Array, namespace
-from faml_gpu.fourier import Support
+from faml_gpu.array_backend import Array, device_of, free_memory, namespace, to_device
+from faml_gpu.fourier import Support, make_support
 
 __all__ = ["ShellHarmonics", "SphereGrid", "degrees", "harmonics_at", "shell_harmonics", "sphere_grid"]
 
-STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which they are computed shell by shell, not kept
+STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which a CPU computes them shell by shell and keeps none
 
 
 def degrees(bandwidth: int, *, even: bool = True) -> NDArray[np.int64]:
@@ -27,7 +27,7 @@ def degrees(bandwidth: int, *, even: bool = True) -> NDArray[np.int64]:
     return np.arange(0, bandwidth, 2 if even else 1)
 
 
-def harmonics_at(directions: NDArray[np.float64], bandwidth: int, *, even: bool = True) -> NDArray[np.complex128]:
+def harmonics_at(directions: Array, bandwidth: int, *, even: bool = True) -> Array:
     """Y_lm(n) for m >= 0, by the standard three-term recurrence in l of the normalised Legendre functions.
 
     Parameters
@@ -44,18 +44,19 @@ def harmonics_at(directions: NDArray[np.float64], bandwidth: int, *, even: bool 
     (L, n_l, n) complex128
         Axes [m, l, point], 0 where l < m.
     """
-    n = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    xp = namespace(directions)
+    n = directions / xp.sqrt((directions**2).sum(axis=1))[:, None]
     z = n[:, 2]
     # sin(theta) exp(i phi) = x + i y: its m-th power carries both the phase and the factor sin^m(theta).
     xy = n[:, 0] + 1j * n[:, 1]
     used = degrees(bandwidth, even=even)
     row = {int(l): i for i, l in enumerate(used)}
-    out = np.zeros((bandwidth, len(used), len(n)), np.complex128)
-    top = np.full(len(n), 1 / np.sqrt(4 * np.pi), np.complex128)
+    out = xp.zeros((bandwidth, len(used), len(n)), np.complex128)
+    top = xp.full(len(n), 1 / np.sqrt(4 * np.pi), np.complex128)
     for m in range(bandwidth):
         if m:
             top = -np.sqrt((2 * m + 1) / (2 * m)) * xy * top
-        before, current = np.zeros_like(top), top
+        before, current = xp.zeros_like(top), top
         for l in range(m, bandwidth):
             if l > m:
                 a = np.sqrt((4 * l * l - 1) / (l * l - m * m))
@@ -85,7 +86,7 @@ class SphereGrid:
 
 
 @lru_cache(maxsize=8)
-def sphere_grid(bandwidth: int, *, even: bool = True) -> SphereGrid:
+def sphere_grid(bandwidth: int, *, even: bool = True, device: str = "cpu") -> SphereGrid:
     """The grid for degrees l < L (L nodes in theta, 2L in phi)."""
     nodes, quadrature = np.polynomial.legendre.leggauss(bandwidth)
     phi = np.pi * np.arange(2 * bandwidth) / bandwidth
@@ -94,7 +95,8 @@ def sphere_grid(bandwidth: int, *, even: bool = True) -> SphereGrid:
     directions = np.stack([sine * np.cos(f), sine * np.sin(f), z], axis=-1).reshape(-1, 3)
     weight = np.repeat(quadrature, 2 * bandwidth) * np.pi / bandwidth
     y = harmonics_at(directions, bandwidth, even=even).reshape(-1, len(directions))
-    return SphereGrid(directions, (y.conj() * weight).T.astype(np.complex64, order="C"), bandwidth)
+    analysis = (y.conj() * weight).T.astype(np.complex64, order="C")
+    return SphereGrid(to_device(directions, device), to_device(analysis, device), bandwidth)
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,16 @@ class ShellHarmonics:
     support: Support
     bandwidth: int
     even: bool
-    bins: tuple[tuple[NDArray[np.int64], NDArray[np.float32]], ...]
+    bins: tuple[tuple[Array, Array], ...]
     tables: tuple[Array, ...] | None
 
     def _table(self, r: int) -> Array:
         """Real columns (voxels of bin r, 2 * L * n_l): Re and Im of conj Y_lm."""
         voxels, _ = self.bins[r - 1]
+        xp = namespace(voxels)
         y = harmonics_at(self.support.coords[voxels].astype(np.float64), self.bandwidth, even=self.even)
         y = y.reshape(-1, len(voxels))
-        return np.concatenate([y.real, -y.imag]).T.astype(np.float32, order="C")
+        return xp.ascontiguousarray(xp.concatenate([y.real, -y.imag]).T.astype(np.float32))
 
     def coefficients(self, values: Array) -> Array:
         """p_lm(r) of real functions given on the support.
@@ -150,25 +153,23 @@ class ShellHarmonics:
         return (out[..., :n] + 1j * out[..., n:]).reshape(shape)
 
 
-@lru_cache(maxsize=4)
-def _shell_harmonics(box: int, r_max: int, bandwidth: int) -> ShellHarmonics:
-    from faml_gpu.fourier import make_support
-
+@lru_cache(maxsize=2)
+def _shell_harmonics(box: int, r_max: int, bandwidth: int, device: str) -> ShellHarmonics:
     support = make_support(box, r_max)
     radius = np.sqrt((support.coords.astype(np.float64) ** 2).sum(axis=1))
     lower = np.minimum(np.floor(radius).astype(np.int64), r_max)
     bins = tuple(
-        (voxels, (radius[voxels] - r).astype(np.float32))
+        (to_device(voxels, device), to_device((radius[voxels] - r).astype(np.float32), device))
         for r in range(1, r_max + 1)
         for voxels in [np.nonzero(lower == r)[0]]
     )
-    bare = ShellHarmonics(support, bandwidth, True, bins, None)
+    bare = ShellHarmonics(support.to(device), bandwidth, True, bins, None)
     size = len(support) * 2 * bandwidth * len(degrees(bandwidth)) * 4
-    if size > STREAM_ABOVE:
+    if size > (STREAM_ABOVE if device == "cpu" else free_memory(device) // 4):
         return bare
     return ShellHarmonics(support, bandwidth, True, bins, tuple(bare._table(r) for r in range(1, r_max + 1)))
 
 
 def shell_harmonics(support: Support, bandwidth: int) -> ShellHarmonics:
     """Even-degree harmonics at the voxels of a support (kept, as long as they fit, for later calls)."""
-    return _shell_harmonics(support.box, support.r_max, bandwidth)
+    return _shell_harmonics(support.box, support.r_max, bandwidth, device_of(support.coords))

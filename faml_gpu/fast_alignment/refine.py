@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step
+from faml_gpu.array_backend import Array, namespace, step, to_host
 from faml_gpu.fast_alignment.align import Candidates, Observation, Reference
 
 __all__ = ["carry_over", "refine"]
@@ -27,16 +27,17 @@ def carry_over(
     """
     xp = namespace(candidates.rotations)
     n = candidates.rotations.shape[1]
-    new_rotations, new_shifts, total = candidates.rotations.copy(), candidates.shifts.copy(), candidates.count.copy()
-    correlation = candidates.correlation.copy()
+    # On the host: a few small copies per particle, that would be a launch each.
+    new_rotations, new_shifts = to_host(candidates.rotations).copy(), to_host(candidates.shifts).copy()
+    correlation, total = to_host(candidates.correlation).copy(), to_host(candidates.count).copy()
     for b, c in enumerate(count):
         c = min(int(c), n // 2)
         end = min(int(total[b]) + c, n)
-        new_rotations[b, end - c : end] = xp.asarray(rotations[b, :c])
-        new_shifts[b, end - c : end] = xp.asarray(shifts[b, :c])
+        new_rotations[b, end - c : end] = rotations[b, :c]
+        new_shifts[b, end - c : end] = shifts[b, :c]
         correlation[b, end - c : end] = 0.0
         total[b] = end
-    return Candidates(new_rotations, new_shifts, correlation, total)
+    return Candidates(*(xp.asarray(a) for a in (new_rotations, new_shifts, correlation, total)))
 
 
 def refine(
@@ -64,7 +65,7 @@ def refine(
     xp = namespace(observation.spectra)
     support = observation.support
     by_shell = xp.zeros(support.r_max + 1)
-    by_shell[1:] = precision[support.shell_start[1:-1]]
+    by_shell[1:] = precision[xp.asarray(support.shell_start[1:-1])]
 
     def score(rotations: Array, shifts: Array, count: Array) -> Array:
         shells = ops.residual(
@@ -93,7 +94,7 @@ def refine(
             angle = np.deg2rad(180 / reference.bandwidth) / 2 ** (i + 1)
             length = support.box / (8 * support.r_max) / 2**i
             turns, moves = _probes(angle, length)
-            probe_r = xp.asarray(turns) @ rotations[:, :, None]  # (B, m, 12, 3, 3)
+            probe_r = _product(xp.asarray(turns), rotations[:, :, None])  # (B, m, 12, 3, 3)
             probe_t = shifts[:, :, None] + xp.asarray(moves)
             values = score(
                 probe_r.reshape(b, m * 12, 3, 3),
@@ -104,7 +105,7 @@ def refine(
             curvature = low + high - 2 * best[..., None]
             offset = xp.where(curvature > 0, 0.5 * (low - high) / xp.where(curvature > 0, curvature, 1), 0)
             offset = xp.clip(xp.nan_to_num(offset), -1.5, 1.5)
-            new_r = _exponential(offset[..., :3] * angle, xp) @ rotations
+            new_r = _product(_exponential(offset[..., :3] * angle), rotations)
             new_t = shifts + offset[..., 3:] * length
             norm = xp.sqrt((new_t**2).sum(axis=-1, keepdims=True))
             new_t = xp.where(norm > max_shift, new_t * (max_shift / xp.where(norm > 0, norm, 1)), new_t)
@@ -125,15 +126,21 @@ def _probes(angle: float, length: float) -> tuple[NDArray[np.float64], NDArray[n
         for side, sign in enumerate((-1.0, 1.0)):
             vector = np.zeros(3)
             vector[axis] = sign
-            turns[2 * axis + side] = _exponential(vector * angle, np)
+            turns[2 * axis + side] = _exponential(vector * angle)
             moves[6 + 2 * axis + side] = vector * length
     return turns, moves
 
 
-def _exponential(vectors: Array, xp: object) -> Array:
+def _product(a: Array, b: Array) -> Array:
+    """Matrix products of stacks (..., 3, 3). A batched GEMM of such small matrices would be mostly overhead."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2)
+
+
+def _exponential(vectors: Array) -> Array:
     """Rotation matrices (..., 3, 3) of rotation vectors (..., 3), by Rodrigues' formula."""
-    angle = np.sqrt((vectors**2).sum(axis=-1))[..., None, None]
+    xp = namespace(vectors)
+    angle = xp.sqrt((vectors**2).sum(axis=-1))[..., None, None]
     x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
     zero = 0 * x
-    k = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*vectors.shape[:-1], 3, 3)
-    return np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    k = xp.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*vectors.shape[:-1], 3, 3)
+    return xp.eye(3) + xp.sinc(angle / np.pi) * k + 0.5 * xp.sinc(angle / (2 * np.pi)) ** 2 * _product(k, k)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from faml_gpu.array_backend import Array, fft_module, namespace
+from faml_gpu.array_backend import Array, device_of, fft_module, namespace
 from faml_gpu.fast_alignment.wigner import small_d_table
 
 __all__ = ["correlate", "grid_angles"]
@@ -35,19 +35,18 @@ def correlate(p: Array, q: Array) -> Array:
         raise TypeError(f"p: found dtype {p.dtype}, expected complex64")
     xp = namespace(p)
     b, r, l_max, n_l = p.shape
-    m = np.arange(-l_max + 1, l_max)
-    # q_l,m' for m' < 0 by c_l,-m = (-1)^m conj c_lm.
-    full = q[:, abs(m)].astype(np.complex64)
-    sign = xp.asarray(np.where(m % 2 == 0, 1, -1).astype(np.float32))[: l_max - 1, None]
-    full[:, : l_max - 1] = sign * full[:, : l_max - 1].conj()
+    # q_l,m' for m' = -L + 1 .. L - 1, by c_l,-m = (-1)^m conj c_lm.
+    sign = (1 - 2 * (xp.arange(l_max - 1, 0, -1) % 2)).astype(np.float32)[:, None]
+    full = xp.concatenate([sign * q[:, :0:-1].conj(), q], axis=1).astype(np.complex64)
     t = xp.ascontiguousarray(p.transpose(3, 0, 2, 1)).reshape(n_l, b * l_max, r) @ full.conj().transpose(2, 0, 1)
     # d is real: the complex T goes through one real GEMM with (particle, Re/Im) as columns.
     t = xp.ascontiguousarray(t.reshape(n_l, b, l_max, 2 * l_max - 1).transpose(2, 3, 0, 1)).view(np.float32)
-    d = xp.asarray(small_d_table(l_max, 2 * l_max))
+    d = small_d_table(l_max, 2 * l_max, device=device_of(p))
     s = (d @ t).view(np.complex64)  # (m, m', beta, b)
     n = 2 * l_max
     spectrum = xp.zeros((b, n, n, l_max + 1), np.complex64)
-    spectrum[:, :, m % n, :l_max] = s.transpose(3, 2, 1, 0)
+    s = s.transpose(3, 2, 1, 0)
+    spectrum[:, :, :l_max, :l_max], spectrum[:, :, l_max + 1 :, :l_max] = s[:, :, l_max - 1 :], s[:, :, : l_max - 1]
     return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward")
 
 

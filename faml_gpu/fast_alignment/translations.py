@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from faml_gpu.array_backend import Array, namespace
+from faml_gpu.array_backend import Array, device_of, namespace, to_device, working_bytes
 from faml_gpu.fourier import Support
 
 __all__ = ["ShiftWindow", "shift_window"]
-
-CHUNK_BYTES = 1 << 27  # of the dense cross spectra worked on at a time
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,12 @@ class ShiftWindow:
     place: Array  # (M,) flat index of each voxel of S in the dense crop (r + 1, 2r + 1, 2r + 1), axes [x, y, z]
     matrix: Array  # (T, 2r + 1) complex64, exp(2 pi i k t / N)
     inside: Array  # (T, T, T) bool
+
+    @property
+    def at_once(self) -> int:
+        """How many cross spectra to work on at a time, by the size of their dense crops."""
+        r = self.support.r_max
+        return max(1, working_bytes(self.matrix) // (8 * (2 * r + 1) ** 2 * (r + 1)))
 
     def correlate(self, cross: Array) -> Array:
         """c(t) = sum over S of C(xi) exp(2 pi i xi.t / N) for C (n, M): (T, T, T, n) float32, axes [x, y, z, n].
@@ -49,7 +53,7 @@ class ShiftWindow:
         """
         xp = namespace(cross)
         n, t = len(cross), len(self.matrix)
-        chunk = max(1, CHUNK_BYTES // (8 * (2 * self.support.r_max + 1) ** 2 * (self.support.r_max + 1)))
+        chunk = self.at_once
         shifts, values = xp.zeros((n, 3)), xp.zeros(n)
         for start in range(0, n, chunk):
             c = self.correlate(cross[start : start + chunk])
@@ -78,11 +82,12 @@ class ShiftWindow:
 
 def shift_window(support: Support, radius: float) -> ShiftWindow:
     """The window of shifts up to `radius` voxels."""
-    r, n = support.r_max, support.box
+    r, n, device = support.r_max, support.box, device_of(support.coords)
     c = support.coords.astype(np.int64)
     place = (c[:, 0] * (2 * r + 1) + c[:, 1] + r) * (2 * r + 1) + c[:, 2] + r
     reach = int(np.floor(radius))
     t = np.arange(-reach, reach + 1)
     matrix = np.exp(2j * np.pi / n * t[:, None] * np.arange(-r, r + 1)).astype(np.complex64)
     x, y, z = np.meshgrid(t, t, t, indexing="ij")
-    return ShiftWindow(support, radius, place, matrix, x * x + y * y + z * z <= radius * radius)
+    inside = x * x + y * y + z * z <= radius * radius
+    return ShiftWindow(support, radius, place, to_device(matrix, device), to_device(inside, device))

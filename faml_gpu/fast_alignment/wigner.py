@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from faml_gpu.array_backend import Array, to_device
+
 __all__ = ["small_d", "small_d_table"]
 
 
@@ -32,7 +34,7 @@ def small_d(l: int, beta: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=4)
-def small_d_table(bandwidth: int, n_beta: int, *, even: bool = True) -> NDArray[np.float32]:
+def small_d_table(bandwidth: int, n_beta: int, *, even: bool = True, device: str = "cpu") -> Array:
     """d^l_mm'(beta_j) for m >= 0 at beta_j = pi (j + 1/2) / n_beta.
 
     Returns
@@ -46,4 +48,4 @@ def small_d_table(bandwidth: int, n_beta: int, *, even: bool = True) -> NDArray[
     for i, l in enumerate(used):
         d = small_d(int(l), beta)[:, l:, :]  # m >= 0
         table[: l + 1, bandwidth - 1 - l : bandwidth + l, :, i] = d.transpose(1, 2, 0)
-    return table
+    return to_device(table, device)

@@ -106,8 +106,8 @@ def test_threads_change_nothing_beyond_rounding(particles: ArrayParticles, resul
 def test_batches_change_nothing_beyond_rounding(
     particles: ArrayParticles, result: Result, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "BATCH_PARTICLES", size)
-    assert plan.Plan.make(particles, Options(mask_radius=110.0)).batch_size == size
+    monkeypatch.setitem(plan.BATCH_PARTICLES, "cpu", size)
+    assert plan.Plan.make(particles, Options(mask_radius=110.0)).batch.size == size
     assert_close(result, classify(particles))
 
 

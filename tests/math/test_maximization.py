@@ -31,6 +31,7 @@ def random_posterior(toy, rng):
         np.zeros((len(entries), toy.r_max + 1)),
         np.zeros(len(toy.particles)),
         np.zeros((len(toy.particles), 2)),
+        len(entries),
     )
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
+from faml_gpu.data import State
 from faml_gpu.errors import InputError
 from faml_gpu.fast_alignment import make_reference
 from faml_gpu.fast_alignment.align import Observation, normalised_scores
@@ -58,8 +59,9 @@ def test_matched_magnitudes_are_those_of_the_masked_box(particles):
     plan = Plan.make(particles, Options(mask_radius=50, max_shift=20))
     batch = particles.read(np.arange(3))
     spectra = plan.spectra(batch)
-    band = Band(plan, 6, 6)
-    found = band.observe(batch, spectra, zeta=1.0)
+    state = State(0, np.zeros((1, N, N, N), np.float32), np.ones(1), np.ones(N // 2), 1.0)
+    band = Band(plan, state, 6, 6)
+    found = band.observe(batch, spectra)
     mask = plan.reach_mask(1.0)
     assert mask[N // 2, N // 2, N // 2 + 6] == 1  # 5 voxels and a shift of 1
     assert mask[N // 2, N // 2, N // 2 + 9] == 0  # and an edge of 3
@@ -68,7 +70,8 @@ def test_matched_magnitudes_are_those_of_the_masked_box(particles):
         seen = np.fft.fftshift(np.fft.irfftn(spectra[b] * batch.weights[0], s=(N, N, N), axes=(0, 1, 2)))
         cube = np.fft.fftn(np.fft.ifftshift(seen * mask))
         np.testing.assert_allclose(found.magnitudes[b], abs(cube[tuple(index.T)]), rtol=1e-4)
-    assert Band(Plan.make(particles, Options(preset="paper")), 6, 6).observe(batch, spectra, 1.0).magnitudes is None
+    printed = Plan.make(particles, Options(preset="paper"))
+    assert Band(printed, state, 6, 6).observe(batch, spectra).magnitudes is None
 
 
 def test_pull_counts_in_particles(particles, rng):

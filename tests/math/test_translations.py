@@ -87,7 +87,7 @@ def test_chunks_change_nothing(rng, monkeypatch):
     cross = (rng.standard_normal((7, len(support))) + 1j * rng.standard_normal((7, len(support)))).astype(np.complex64)
     window = shift_window(support, 2.0)
     whole = window.best(cross)
-    monkeypatch.setattr(translations, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(translations, "working_bytes", lambda array: 1)
     one_by_one = window.best(cross)
     # BLAS may order sums differently for another number of columns.
     np.testing.assert_allclose(whole[0], one_by_one[0], atol=1e-3)
