@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import metrics
 from faml_gpu.data import IterationRecord, Result
-from faml_gpu.device_info import n_threads
+from faml_gpu.device_info import choose_device, n_threads
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.mrc import write_mrc
@@ -61,6 +61,7 @@ def run_demo(
     output: Path,
     *,
     seed: int = 0,
+    device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
     settings: DemoSettings = DEMO,
@@ -76,6 +77,7 @@ def run_demo(
     ----------
     output : folder
     seed : of the data and of the random start
+    device : "auto", "cpu" or "cuda[:i]"
     threads : CPU threads
     overwrite : replace an earlier demo
     settings : size of the demo
@@ -89,13 +91,14 @@ def run_demo(
     Raises
     ------
     InputError
-        The folder is not empty and `overwrite` is not set.
+        The folder is not empty and `overwrite` is not set, or the device cannot be had.
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"output {output}: found a file, expected a folder")
     if not overwrite and output.exists() and any(output.iterdir()):
         raise InputError(f"output {output}: found files in it, expected an empty folder; give --overwrite to replace")
     started = time.monotonic()
+    chosen, reason = choose_device(device)
     size, voxel = settings.box, settings.voxel_size
     structures = (groel(), ribosome())
     say(
@@ -115,7 +118,7 @@ def run_demo(
     star = write_simulation(output, simulation)
     scores: dict[str, Score] = {}
     for method in METHODS:
-        say(f"{method}: {settings.iterations} iterations at most, {n_threads(threads)} threads")
+        say(f"{method}: {settings.iterations} iterations at most, {chosen} ({reason}), {n_threads(threads)} threads")
         result = classify(
             star,
             len(structures),
@@ -125,6 +128,7 @@ def run_demo(
             iterations=settings.iterations,
             resolution=settings.resolution,
             seed=seed,
+            device=chosen,
             threads=threads,
             overwrite=overwrite,
             on_iteration=on_iteration,

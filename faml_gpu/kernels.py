@@ -99,10 +99,8 @@ def parameters(file: str, real: str) -> dict[str, tuple[Parameter, ...]]:
     return found
 
 
-@lru_cache(maxsize=16)
-def _module(file: str, real: str) -> Any:
-    import cupy
-
+@lru_cache(maxsize=32)
+def _module(cupy: Any, file: str, real: str) -> Any:
     return cupy.RawModule(code=source(file), options=options(real), backend="nvrtc")
 
 
@@ -156,7 +154,7 @@ def launch(
     grid = blocks if isinstance(blocks, tuple) else (blocks,)
     if 0 in grid:
         return
-    function = _module(file, type_name).get_function(kernel)
+    function = _module(cupy, file, type_name).get_function(kernel)
     function(grid, (THREADS[kernel],), tuple(passed), shared_mem=shared)
 
 
@@ -168,11 +166,13 @@ def compile_all() -> list[dict[str, Any]]:
     list of dict
         kernel, real, registers, local_bytes (of a thread: spilled registers and arrays), shared_bytes (static).
     """
+    import cupy
+
     found = []
     for file in files():
         for real in _OF_REAL:
             for kernel in parameters(file, real):
-                function = _module(file, real).get_function(kernel)
+                function = _module(cupy, file, real).get_function(kernel)
                 found.append(
                     {
                         "kernel": kernel,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step, to_device, to_host
+from faml_gpu.array_backend import Array, namespace, to_device, to_host
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, weight_grid
@@ -114,26 +114,25 @@ def rotate_back(
         Its `particle` indexes the batch.
     """
     xp = namespace(spectra)
-    with step("rotate back"):
-        squared = weights**2
-        volumes = inverse_transform(spectra * squared[weight_index], support.box)
-        if mask is not None:
-            volumes *= mask
-        grids = interpolation_grid(volumes, support.r_max, padding, compensate=compensate)
-        return ops.accumulate(
-            grids,
-            weight_grid(squared, support.r_max),
-            weight_index,
-            xp.asarray(posterior.particle),
-            xp.asarray(posterior.class_index),
-            xp.asarray(posterior.rotations),
-            xp.asarray(posterior.shifts),
-            xp.asarray(posterior.probability),
-            support,
-            padding,
-            n_classes,
-            weigh_twice=weigh_twice,
-        )
+    squared = weights**2
+    volumes = inverse_transform(spectra * squared[weight_index], support.box)
+    if mask is not None:
+        volumes *= mask
+    grids = interpolation_grid(volumes, support.r_max, padding, compensate=compensate)
+    return ops.accumulate(
+        grids,
+        weight_grid(squared, support.r_max),
+        weight_index,
+        xp.asarray(posterior.particle),
+        xp.asarray(posterior.class_index),
+        xp.asarray(posterior.rotations),
+        xp.asarray(posterior.shifts),
+        xp.asarray(posterior.probability),
+        support,
+        padding,
+        n_classes,
+        weigh_twice=weigh_twice,
+    )
 
 
 def noise_sums(

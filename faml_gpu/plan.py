@@ -20,6 +20,7 @@ from faml_gpu.array_backend import (
     namespace,
     out_of_memory,
     release_memory,
+    step,
     synchronize,
     to_device,
     to_host,
@@ -405,7 +406,7 @@ def _bandwidth(options: Options, r_max: int, relative_radius: float) -> int:
 
 
 class Clock:
-    """Seconds spent per step; a GPU is waited for at its end, so that the time is that of this step."""
+    """Seconds spent per step, each a range in a profiler; a GPU is waited for, so that the time is that of the step."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.seconds: dict[str, float] = {}
@@ -414,6 +415,7 @@ class Clock:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
-        synchronize(self.device)
+        with step(name):
+            yield
+            synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin

@@ -74,12 +74,14 @@ def final_averages(
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
     weights = np.zeros((n_classes, len(support)))
+    clock = Clock(plan.device)
 
     def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
         part = select(posterior, first, first + len(spectra))
-        return plan.rotate_back(part, batch, spectra, support, n_classes)
+        with clock("rotate back"):
+            return plan.rotate_back(part, batch, spectra, support, n_classes)
 
-    for s, w in plan.over_batches(particles, add, Clock(), progress, "averages"):
+    for s, w in plan.over_batches(particles, add, clock, progress, "averages"):
         sums += to_host(s)
         weights += to_host(w)
     mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)

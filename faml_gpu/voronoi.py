@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, namespace, step, to_device
+from faml_gpu.array_backend import Array, namespace, to_device
 from faml_gpu.geometry import random_euler, random_rotations
 
 __all__ = ["ALPHA_TRD", "N_POINTS", "PosePoints", "draw_points", "log_volumes"]
@@ -48,7 +48,5 @@ def log_volumes(points: PosePoints, rotations: Array, shifts: Array, count: Arra
     -------
     (B, n) float64
     """
-    xp = namespace(rotations)
-    with step("voronoi"):
-        hits = ops.assign(points.rotations, points.units, rotations, shifts, count, ALPHA_TRD)
-        return xp.log((hits + 0.5) / (len(points.units) + 0.5 * count[:, None]))
+    hits = ops.assign(points.rotations, points.units, rotations, shifts, count, ALPHA_TRD)
+    return namespace(rotations).log((hits + 0.5) / (len(points.units) + 0.5 * count[:, None]))

@@ -1,14 +1,22 @@
-"""Small data that several tests use."""
+"""Small data that several tests use, and GPUs: an emulated one, and a real one where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from faml_gpu import device_info
 from faml_gpu.demo import write_simulation
+from faml_gpu.errors import InputError
+from faml_gpu.fast_alignment import harmonics, wigner
 from faml_gpu.simulate import Simulation, groel, ribosome, simulate_particles
 
 
@@ -37,3 +45,43 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """tests/emulator as a package, loaded by path (there are no packages here)."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: kernels cannot be emulated")
+    if "faml_emulator" not in sys.modules:
+        path = Path(__file__).parent / "emulator" / "faml_emulator.py"
+        spec = importlib.util.spec_from_file_location(path.stem, path, submodule_search_locations=[str(path.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    return sys.modules["faml_emulator"]
+
+
+def forget_tables() -> None:
+    """Tables kept for "cuda:0" belong to the CuPy that made them."""
+    harmonics._shell_harmonics.cache_clear()
+    harmonics.sphere_grid.cache_clear()
+    wigner.small_d_table.cache_clear()
+
+
+@pytest.fixture
+def emulated_gpu(emulator: ModuleType) -> Iterator[Any]:
+    """The stand-in for CuPy in place: device "cuda:0" is emulated. What happens on it is counted."""
+    forget_tables()
+    with emulator.installed() as session:
+        yield session
+    forget_tables()
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The name of a real GPU, or a visible skip."""
+    try:
+        return device_info.choose_device("cuda")[0]
+    except InputError as error:
+        pytest.skip(f"no GPU: {error}")

@@ -51,7 +51,7 @@ OPTIONS = [
     ([*AVERAGE, "--tilt-range", "60", "-60"], ["60", "-60"]),
     ([*AVERAGE, "--tilt-range", "-60", "95"], ["95", "90"]),
     ([*AVERAGE, *WEDGE, "--voxel-size", "10"], ["10", "24"]),
-    ([*AVERAGE, *WEDGE, "--device", "cuda"], ["device", "cuda", "CPU only"]),
+    ([*AVERAGE, *WEDGE, "--device", "cuda:99"], ["device", "cuda:99", "use the CPU"]),
     ([*AVERAGE, *WEDGE, "--device", "tpu"], ["device", "tpu", "auto"]),
     ([*AVERAGE, *WEDGE, "--preset", "fast"], ["preset", "fast", "paper"]),
     ([*AVERAGE, *WEDGE, "--method", "sva"], ["method", "sva", "faml"]),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from faml_gpu import kernels
 from faml_gpu.fourier import make_support
 from faml_gpu.geometry import random_rotations
 
@@ -52,6 +53,14 @@ def test_rotate(run, n, m, r_max, padding, dtype, rng, oracles):
     assert np.linalg.norm(found - expected) <= BOUND[dtype] * np.linalg.norm(expected)
 
 
+def test_rotate_more_poses_than_a_grid_has_rows(run, rng, oracles, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_ROWS", 2)
+    grid, rotations = oracles.random_grid(rng, 4).astype(np.complex64), random_rotations(7, rng)
+    found = run("rotate", grid, rotations, make_support(7, 3).coords, 1)
+    for r, values in zip(rotations, found, strict=True):
+        np.testing.assert_array_equal(run("rotate", grid, r[None], make_support(7, 3).coords, 1)[0], values)
+
+
 def test_rotate_on_the_lattice_is_exact(run, oracles, rng):
     support = make_support(13, 6)
     grid = oracles.random_grid(rng, 7).astype(np.complex64)
@@ -86,6 +95,17 @@ def test_residual(run, n_particles, n_poses, box, r_max, padding, dtype, rng, or
     assert oracles.relative(found, expected) < BOUND[dtype]
     for b, n in enumerate(c["count"]):
         assert (found[b, n:] == 0).all()
+
+
+def test_residual_of_shells_larger_than_a_block(run, rng, oracles):
+    c = case(oracles, rng, 24, 11, 1, np.complex64, 1, 2)
+    assert oracles.relative(run("residual", *c.values()), literal_residual(oracles, c)) < BOUND[np.complex64]
+
+
+def test_residual_keeps_the_fraction_of_a_far_shift(run, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 1, 1)
+    c["shifts"] += 5000
+    assert oracles.relative(run("residual", *c.values()), literal_residual(oracles, c)) < BOUND[np.complex64]
 
 
 def test_residual_without_candidates(run, rng, oracles):
@@ -139,7 +159,7 @@ def accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_ent
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
-@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 8), (1, 1), (2, 0)])
+@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 8), (1, 1), (2, 0), (4, 40)])
 def test_accumulate(run, n_particles, n_entries, box, r_max, padding, dtype, twice, rng, oracles):
     c = accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries)
     sums, weights = run("accumulate", *c.values(), weigh_twice=twice)

@@ -1,0 +1,124 @@
+"""Whole runs on a GPU, emulated and real, against the same on the CPU: same start, same answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faml_gpu import faml, plan
+from faml_gpu.data import Result
+from faml_gpu.errors import InputError
+from faml_gpu.geometry import rotation_angle
+from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.options import Options
+from faml_gpu.simulate import groel, ribosome, simulate_particles
+
+BOX, VOXEL, BANDWIDTH = 20, 16.0, 10
+
+
+@pytest.fixture(scope="module")
+def particles() -> ArrayParticles:
+    made = simulate_particles([groel(), ribosome()], [4, 3], box=BOX, voxel_size=VOXEL, snr=1.0, seed=3)
+    return ArrayParticles(made.boxes, VOXEL, made.weight)
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """A GPU that `device="cuda"` means: what happens on the emulated one, None of a real one its name."""
+    return request.getfixturevalue("emulated_gpu") if request.param == "emulated" else request.getfixturevalue("gpu")
+
+
+def run(particles: ArrayParticles, device: str, **options: Any) -> Result:
+    chosen = {"n_classes": 2, "iterations": 3, "candidates": 6, "bandwidth": BANDWIDTH} | options
+    return faml.run(particles, Options(device=device, **chosen))
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    """The issue's bounds: same classes, poses within a quarter of the grid step, averages correlate to 0.999."""
+    np.testing.assert_array_equal(found.best.classes, expected.best.classes)
+    assert rotation_angle(found.best.rotations, expected.best.rotations).max() < 0.25 * 180 / BANDWIDTH
+    assert np.abs(found.best.shifts - expected.best.shifts).max() < 0.1
+    for a, b in zip(found.maps, expected.maps, strict=True):
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.999
+    for a, b in zip(found.history, expected.history, strict=True):
+        # float32 on both sides, summed in another order.
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-6)
+        assert a.sigma == pytest.approx(b.sigma, rel=1e-5)
+        assert a.candidates == b.candidates
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preset": "paper"},
+        {"method": "fa"},
+        {"n_classes": 1, "normalize": False, "invert": True, "padding": 1},
+    ],
+    ids=["default", "paper", "fa", "average"],
+)
+def test_a_run_on_a_gpu_is_that_on_the_cpu(particles: ArrayParticles, device: Any, options: dict[str, Any]) -> None:
+    assert_same(run(particles, "cuda", **options), run(particles, "cpu", **options))
+
+
+def test_a_start_from_a_map_on_a_gpu(particles: ArrayParticles, device: Any) -> None:
+    reference = run(particles, "cpu").maps[0]
+    chosen = Options(n_classes=2, iterations=2, candidates=6, bandwidth=BANDWIDTH)
+
+    def from_map(device: str) -> Result:
+        return faml.run(particles, replace(chosen, device=device), reference=reference, initial_lowpass=80.0)
+
+    assert_same(from_map("cuda"), from_map("cpu"))
+
+
+def test_too_little_memory_halves_the_batch(
+    particles: ArrayParticles, emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(plan.BATCH_SHARE, "cuda", 1e6)  # the batch is as large as the card seems
+    expected = run(particles, "cpu")
+    run(particles, "cuda")
+    for share in (0.8, 0.6):
+        emulated_gpu.memory = int(share * emulated_gpu.peak)
+        freed = emulated_gpu.pool_freed
+        assert_same(run(particles, "cuda"), expected)
+        assert emulated_gpu.pool_freed > freed
+
+
+def test_far_too_little_memory_is_an_error(particles: ArrayParticles, emulated_gpu: Any) -> None:
+    emulated_gpu.memory = 1 << 20
+    with pytest.raises(InputError, match=r"option device: .*memory on cuda:0"):
+        run(particles, "cuda")
+
+
+def test_boxes_cross_once_and_sums_come_back_once(particles: ArrayParticles, emulated_gpu: Any) -> None:
+    """One iteration more costs one copy of the boxes to the device, and less than that back."""
+
+    def crossed(iterations: int) -> tuple[int, int]:
+        to_device, to_host = emulated_gpu.to_device.bytes, emulated_gpu.to_host.bytes
+        run(particles, "cuda", iterations=iterations, preset="paper")
+        return emulated_gpu.to_device.bytes - to_device, emulated_gpu.to_host.bytes - to_host
+
+    (first_in, first_out), (second_in, second_out) = crossed(1), crossed(2)
+    boxes = len(particles) * BOX**3 * 4
+    assert boxes <= second_in - first_in < 6 * boxes
+    assert second_out - first_out < 3 * boxes
+
+
+def test_profiler_ranges_carry_the_names_of_the_steps(particles: ArrayParticles, emulated_gpu: Any) -> None:
+    run(particles, "cuda", iterations=1)
+    steps = [
+        "references",
+        "read",
+        "fast alignment",
+        "rotational matching",
+        "peaks",
+        "translations",
+        "refine",
+        "voronoi",
+    ]
+    for name in [*steps, "expectation", "residuals", "posterior", "rotate back", "maximization"]:
+        assert name in emulated_gpu.ranges
+    assert emulated_gpu.open_ranges == 0
