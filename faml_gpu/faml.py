@@ -26,7 +26,7 @@ from faml_gpu.expectation import BatchPosterior, expectation, log_normaliser
 from faml_gpu.fast_alignment import single_best
 from faml_gpu.history import converged, record
 from faml_gpu.options import Options
-from faml_gpu.plan import Band, Clock, Plan, resolve
+from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import join, select
 from faml_gpu.starting import final_averages, start
 
@@ -74,8 +74,7 @@ def run(
     InputError
         for options that do not fit the particles.
     """
-    if initial_lowpass is None and (reference is not None or use_poses):
-        initial_lowpass = 2 * particles.voxel_size  # a start taken as it is: nothing cut off
+    initial_lowpass = start_lowpass(initial_lowpass, particles.voxel_size, known=reference is not None or use_poses)
     device, _ = choose_device(options.device)
     with cpu_threads(options.threads), use_device(device):
         plan = Plan.make(particles, options, initial_lowpass, device)

@@ -23,7 +23,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.options import Options
-from faml_gpu.plan import resolve
+from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.run_folder import RunFolder
 
 __all__ = ["average", "classify"]
@@ -127,7 +127,8 @@ def classify(
     if n_classes > len(source):
         raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
     start_map = None if reference is None else _read_reference(reference, source)
-    resolved = resolve(chosen, source.box, source.voxel_size, initial_lowpass)
+    lowpass = start_lowpass(initial_lowpass, source.voxel_size, known=start_map is not None or use_poses)
+    resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
 
     with ExitStack() as stack:
         checkpoint = None

@@ -33,7 +33,7 @@ from faml_gpu.fourier import Support
 from faml_gpu.options import Options
 from faml_gpu.posteriors import likeliest
 
-__all__ = ["Band", "Clock", "Plan", "resolve"]
+__all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
 
 Float32 = NDArray[np.float32]
 Done = TypeVar("Done")
@@ -351,6 +351,11 @@ class Band:
             posterior.candidates,
             len(spectra),
         )
+
+
+def start_lowpass(asked: float | None, voxel_size: float, *, known: bool) -> float | None:
+    """Low-pass of the start, Angstrom; a start from a map or from poses (`known`) is taken as it is, nothing cut off."""
+    return 2 * voxel_size if asked is None and known else asked
 
 
 def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: float | None = None) -> dict[str, Any]:

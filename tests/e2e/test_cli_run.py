@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import faml_gpu
 from faml_gpu.cli import Shared, app
 from faml_gpu.options import Options
+from faml_gpu.simulate import Simulation
 
 FLAGS = shlex.split("--tilt-range -60 60 --iterations 2 --bandwidth 6 --candidates 4 --mask-radius 120")
 
@@ -133,3 +134,14 @@ def test_no_arguments_shows_help() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "classify" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_run_json_says_the_band_a_start_from_a_map_begins_at(
+    small_star: Path, tmp_path: Path, small_simulation: Simulation
+) -> None:
+    for lowpass in (None, 120.0):
+        faml_gpu.average(small_star, tmp_path / "out", tilt_range=(-60, 60), iterations=1, bandwidth=6, candidates=4,
+                         mask_radius=120, reference=small_simulation.truth[0], initial_lowpass=lowpass,
+                         overwrite=True)  # fmt: skip
+        about = json.loads((tmp_path / "out/run.json").read_text())
+        assert about["resolved"]["r_start"] == about["iterations"][0]["r_max"] == (7 if lowpass is None else 5)
