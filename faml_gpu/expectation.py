@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, namespace, step, to_host
-from faml_gpu.fast_alignment import Candidates, Observation, Reference
+from faml_gpu.fast_alignment import Candidates, Observation, Reference, margin
 
 __all__ = ["BatchPosterior", "expectation", "log_normaliser"]
 
@@ -50,7 +50,8 @@ def expectation(
     """Posterior over (class, pose), Eq. 14-15, with the pose integral replaced by the weighted candidates.
 
     log P = log alpha_k + log v~ - sum_j w_j^2 |X_j - (RA)_j|^2 / (2 sigma_j^2) - |t|^2 / (2 zeta^2) + const,
-    the sum over the full Fourier volume (each coefficient and its conjugate).
+    the sum over the full Fourier volume (each coefficient and its conjugate). Candidates whose `gain` already says that
+    their share of the posterior is less than exp(-30) get 0, and no sum.
 
     Parameters
     ----------
@@ -62,14 +63,19 @@ def expectation(
         Noise variance per Fourier shell.
     zeta : float, voxels
     """
-    b, n_classes = len(observation.spectra), len(references)
+    b = len(observation.spectra)
     r_max = observation.support.r_max
     precision = np.zeros(r_max + 1)
     precision[1:] = 1 / sigma2[1 : r_max + 1]
+    priors = []
+    for k, c in enumerate(candidates):
+        prior = np.log(max(alpha[k], np.finfo(np.float64).tiny)) + log_volumes[k]
+        priors.append(prior - 0.5 * (c.shifts**2).sum(axis=-1) / zeta**2)
+    n_candidates = sum(int(c.count.sum()) for c in candidates)
+    candidates, priors = _that_matter(candidates, priors)
     residuals, logits = [], []
     with step("residuals"):
-        for k in range(n_classes):
-            c = candidates[k]
+        for k, c in enumerate(candidates):
             shells = ops.residual(
                 references[k].grid,
                 observation.spectra,
@@ -82,12 +88,7 @@ def expectation(
                 references[k].padding,
             )
             xp = namespace(shells)
-            logit = (
-                np.log(max(alpha[k], np.finfo(np.float64).tiny))
-                + log_volumes[k]
-                - 0.5 * (shells @ xp.asarray(precision))
-                - 0.5 * (c.shifts**2).sum(axis=-1) / zeta**2
-            )
+            logit = priors[k] - 0.5 * (shells @ xp.asarray(precision))
             logit[xp.arange(logit.shape[1])[None] >= c.count[:, None]] = -np.inf
             residuals.append(to_host(shells))
             logits.append(to_host(logit))
@@ -110,8 +111,34 @@ def expectation(
             np.stack(residuals)[class_index, particle, pose],
             evidence,
             probability.sum(axis=2),
-            sum(int(c.count.sum()) for c in candidates),
+            n_candidates,
         )
+
+
+def _that_matter(candidates: list[Candidates], priors: list[Array]) -> tuple[list[Candidates], list[Array]]:
+    """The candidates that by their gain may carry mass, moved to the front, and their priors."""
+    if any(c.gain is None for c in candidates):
+        return candidates, priors
+    xp = namespace(candidates[0].rotations)
+    gains = xp.stack([c.known_gain() for c in candidates])  # (K, B, n)
+    worth = gains + xp.stack(priors)
+    known = xp.where(xp.isfinite(worth), worth, -np.inf)
+    limit = known.max(axis=(0, 2)) - margin(xp.where(xp.isfinite(gains), gains, 0).max(axis=(0, 2)))
+    kept = (worth >= limit[:, None]) & (gains > -np.inf)
+    count = kept.sum(axis=2)
+    n, widest = gains.shape[2], max(1, int(count.max()))
+    order = xp.argsort(xp.where(kept, 0, n) + xp.arange(n), axis=2)[:, :, :widest]
+    rows = xp.arange(gains.shape[1])[:, None]
+    return [
+        Candidates(
+            xp.ascontiguousarray(c.rotations[rows, o]),
+            xp.ascontiguousarray(c.shifts[rows, o]),
+            c.correlation[rows, o],
+            m,
+            g[rows, o],
+        )
+        for c, o, m, g in zip(candidates, order, count, gains, strict=True)
+    ], [p[rows, o] for p, o in zip(priors, order, strict=True)]
 
 
 def _kept(probability: NDArray[np.float64]) -> NDArray[np.bool_]:

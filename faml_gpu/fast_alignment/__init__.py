@@ -1,6 +1,14 @@
 """Step 1 of FAML: candidate poses by rotational matching in spherical harmonics, then their shifts."""
 
-from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, align, make_reference, single_best
+from faml_gpu.fast_alignment.align import (
+    Candidates,
+    Observation,
+    Reference,
+    align,
+    make_reference,
+    margin,
+    single_best,
+)
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
@@ -12,6 +20,7 @@ __all__ = [
     "align",
     "carry_over",
     "make_reference",
+    "margin",
     "refine",
     "shift_window",
     "single_best",

@@ -14,7 +14,16 @@ from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import euler_to_matrix
 
-__all__ = ["Candidates", "Observation", "Reference", "align", "make_reference", "normalised_scores", "single_best"]
+__all__ = [
+    "Candidates",
+    "Observation",
+    "Reference",
+    "align",
+    "make_reference",
+    "margin",
+    "normalised_scores",
+    "single_best",
+]
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
@@ -59,12 +68,31 @@ class Candidates:
     """The set of poses per particle: rotations (B, n, 3, 3), shifts (B, n, 3) voxels, count (B,) how many.
 
     correlation (B, n): wedge-constrained correlation coefficient of each, what `fa` ranks by.
+    gain (B, n): by how many nats each lowers -1/2 sum w^2 |X - RA|^2 / sigma^2 against no reference at all, inf where
+    that is not known. Known to the parabolas of the shift search, it is no posterior, but tells what cannot matter.
     """
 
     rotations: Array
     shifts: Array
     correlation: Array
     count: Array
+    gain: Array | None = None
+
+    def known_gain(self) -> Array:
+        """`gain`, a copy: inf where it is not known, -inf where there is no candidate."""
+        xp = namespace(self.rotations)
+        n = self.rotations.shape[1]
+        gain = xp.full(self.rotations.shape[:2], np.inf) if self.gain is None else self.gain
+        return xp.where(xp.arange(n) < self.count[:, None], gain, -np.inf)
+
+
+def margin(gain: Array) -> Array:
+    """Nats by which a pose may be behind one of this gain and still matter: 30, and what the shift search may be off.
+
+    Its parabola through lattice shifts misses the maximum of the correlation by a few per cent at most.
+    """
+    xp = namespace(gain)
+    return 30 + 0.05 * xp.maximum(xp.where(xp.isfinite(gain), gain, 0), 0)
 
 
 def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
@@ -161,8 +189,8 @@ def align(
         angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
         rotations = xp.asarray(euler_to_matrix(to_host(angles)))
     with step("translations"):
-        shifts, correlation = _best_shifts(observation, reference, precision, window, rotations, count)
-    return Candidates(rotations, shifts, correlation, count)
+        shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, count)
+    return Candidates(rotations, shifts, correlation, count, gain)
 
 
 def _best_shifts(
@@ -172,14 +200,14 @@ def _best_shifts(
     window: ShiftWindow,
     rotations: Array,
     count: Array,
-) -> tuple[Array, Array]:
-    """Best shift (B, n, 3) of each candidate rotation (B, n, 3, 3) and the constrained correlation (B, n) there."""
+) -> tuple[Array, Array, Array]:
+    """Best shift (B, n, 3) of each candidate rotation (B, n, 3, 3); constrained correlation and gain (B, n) there."""
     xp = namespace(observation.spectra)
     b, n = rotations.shape[:2]
     weight = observation.weights[observation.weight_index] ** 2 * precision
     weighted = weight * observation.spectra
     own = 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
-    shifts, correlation = xp.zeros((b * n, 3)), xp.zeros(b * n)
+    shifts, correlation, gain = xp.zeros((b * n, 3)), xp.zeros(b * n), xp.zeros(b * n)
     # One list over all particles, in pieces that fill the device: few candidates of many particles cost no more.
     listed = np.nonzero(np.arange(n) < to_host(count)[:, None])
     for first in range(0, len(listed[0]), window.at_once):
@@ -189,7 +217,8 @@ def _best_shifts(
         shifts[entry], cross = window.best(weighted[particle] * rotated.conj())
         power = 2 * (weight[particle] * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
         correlation[entry] = cross / xp.sqrt(xp.maximum(power * own[particle], np.finfo(np.float64).tiny))
-    return shifts.reshape(b, n, 3), correlation.reshape(b, n)
+        gain[entry] = cross - 0.5 * power
+    return shifts.reshape(b, n, 3), correlation.reshape(b, n), gain.reshape(b, n)
 
 
 def single_best(candidates: list[Candidates]) -> list[Candidates]:
@@ -206,6 +235,7 @@ def single_best(candidates: list[Candidates]) -> list[Candidates]:
             xp.ascontiguousarray(c.shifts[rows, pose[k]][:, None]),
             c.correlation[rows, pose[k]][:, None],
             (classes == k).astype(np.int64),
+            c.known_gain()[rows, pose[k]][:, None],
         )
         for k, c in enumerate(candidates)
     ]

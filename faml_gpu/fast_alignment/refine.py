@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, namespace, step, to_host
-from faml_gpu.fast_alignment.align import Candidates, Observation, Reference
+from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, margin
 
 __all__ = ["carry_over", "refine"]
 
@@ -30,14 +30,15 @@ def carry_over(
     # On the host: a few small copies per particle, that would be a launch each.
     new_rotations, new_shifts = to_host(candidates.rotations).copy(), to_host(candidates.shifts).copy()
     correlation, total = to_host(candidates.correlation).copy(), to_host(candidates.count).copy()
+    gain = to_host(candidates.known_gain())
     for b, c in enumerate(count):
         c = min(int(c), n // 2)
         end = min(int(total[b]) + c, n)
         new_rotations[b, end - c : end] = rotations[b, :c]
         new_shifts[b, end - c : end] = shifts[b, :c]
-        correlation[b, end - c : end] = 0.0
+        correlation[b, end - c : end], gain[b, end - c : end] = 0.0, np.inf
         total[b] = end
-    return Candidates(*(xp.asarray(a) for a in (new_rotations, new_shifts, correlation, total)))
+    return Candidates(*(xp.asarray(a) for a in (new_rotations, new_shifts, correlation, total, gain)))
 
 
 def refine(
@@ -49,6 +50,9 @@ def refine(
     max_shift: float,
 ) -> Candidates:
     """Move the `n_refined` likeliest candidates of each particle downhill in the weighted residual.
+
+    Which these are is looked at among twice as many, the first by `gain`, and those whose gain is not known. Of them,
+    those too far behind the best stay as they are.
 
     Each round evaluates the residual a step to either side along the three rotation axes and the three shifts, and
     goes to the vertex of the parabola along each. A move that does not lower the residual is taken back.
@@ -84,12 +88,20 @@ def refine(
     with step("refine"):
         b, n = candidates.rotations.shape[:2]
         m = min(n_refined, n)
-        all_scores = score(candidates.rotations, candidates.shifts, candidates.count)
-        all_scores[xp.arange(n)[None] >= candidates.count[:, None]] = np.inf
-        rows = xp.arange(b)[:, None]
-        top = xp.argsort(all_scores, axis=1)[:, :m]
+        rows, gain = xp.arange(b)[:, None], candidates.known_gain()
+        n_first = min(n, 2 * m + int((gain == np.inf).sum(axis=1).max())) if b else 0
+        first = xp.argsort(-gain, axis=1)[:, :n_first]
+        count = xp.minimum(candidates.count, n_first)
+        scores = score(candidates.rotations[rows, first], candidates.shifts[rows, first], count)
+        scores[xp.arange(n_first) >= count[:, None]] = np.inf
+        nothing = _without_reference(observation, precision)[:, None]
+        gain[rows, first] = 0.5 * (nothing - scores)
+        best = xp.sort(scores, axis=1)[:, :m]
+        top = first[rows, xp.argsort(scores, axis=1)[:, :m]]
         rotations, shifts = candidates.rotations[rows, top], candidates.shifts[rows, top]
-        best = all_scores[rows, top]
+        highest = gain[rows, top[:, :1]]
+        moved = (gain[rows, top] >= highest - margin(highest)) & (xp.arange(m) < count[:, None])
+        count = moved.sum(axis=1)  # those that are moved come first
         for i in range(ROUNDS):
             angle = np.deg2rad(180 / reference.bandwidth) / 2 ** (i + 1)
             length = support.box / (8 * support.r_max) / 2**i
@@ -99,7 +111,7 @@ def refine(
             values = score(
                 probe_r.reshape(b, m * 12, 3, 3),
                 probe_t.reshape(b, m * 12, 3),
-                xp.full(b, m * 12, np.int64),
+                12 * count,
             ).reshape(b, m, 6, 2)
             low, high = values[..., 0], values[..., 1]
             curvature = low + high - 2 * best[..., None]
@@ -109,14 +121,21 @@ def refine(
             new_t = shifts + offset[..., 3:] * length
             norm = xp.sqrt((new_t**2).sum(axis=-1, keepdims=True))
             new_t = xp.where(norm > max_shift, new_t * (max_shift / xp.where(norm > 0, norm, 1)), new_t)
-            value = score(new_r, new_t, xp.full(b, m, np.int64))
-            better = value < best
+            value = score(new_r, new_t, count)
+            better = moved & (value < best)
             rotations = xp.where(better[..., None, None], new_r, rotations)
             shifts = xp.where(better[..., None], new_t, shifts)
             best = xp.where(better, value, best)
         moved_r, moved_t = candidates.rotations.copy(), candidates.shifts.copy()
         moved_r[rows, top], moved_t[rows, top] = rotations, shifts
-        return Candidates(moved_r, moved_t, candidates.correlation, candidates.count)
+        gain[rows, top] = 0.5 * (nothing - best)
+        return Candidates(moved_r, moved_t, candidates.correlation, candidates.count, gain)
+
+
+def _without_reference(observation: Observation, precision: Array) -> Array:
+    """The residual (B,) of no reference at all: sum of w^2 |X|^2 / sigma^2."""
+    weight = observation.weights[observation.weight_index] ** 2 * precision
+    return 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
 
 
 def _probes(angle: float, length: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -10,7 +10,7 @@ from faml_gpu.expectation import expectation
 from faml_gpu.fast_alignment import Candidates, Observation, Reference
 
 
-def run(toy, oracles, *, alpha=None):
+def run(toy, oracles, *, alpha=None, gain=None):
     support = fourier.make_support(toy.box, toy.r_max)
     half = np.stack([oracles.half_of_cube(w) for w in toy.weights])
     observation = Observation(
@@ -31,7 +31,11 @@ def run(toy, oracles, *, alpha=None):
         )
         for m in toy.maps
     ]
-    candidates = [Candidates(r, t, unused, c) for r, t, c in zip(toy.rotations, toy.shifts, toy.count, strict=True)]
+    gains = [None] * len(toy.maps) if gain is None else gain
+    candidates = [
+        Candidates(r, t, np.zeros(r.shape[:2]), c, g)
+        for r, t, c, g in zip(toy.rotations, toy.shifts, toy.count, gains, strict=True)
+    ]
     alpha = toy.alpha if alpha is None else alpha
     return expectation(observation, references, candidates, list(toy.log_volumes), alpha, toy.sigma2, toy.zeta)
 
@@ -115,3 +119,35 @@ def test_empty_class_and_class_without_candidates(rng, oracles):
     np.testing.assert_allclose(found.class_probability, [[1, 0]] * 3, atol=1e-12)
     assert np.isfinite(found.log_likelihood).all()
     assert (found.class_index == 0).all()
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("zeta", [2.0, 0.1])  # priors of shifts that hardly matter, and that outdo the likelihood
+def test_what_the_gain_rules_out_is_not_computed_and_not_missed(zeta, unknown, rng, oracles, monkeypatch):
+    toy = oracles.Toy(rng, 12, oracles.Lattice, n_poses=10)
+    toy.sigma2, toy.zeta = toy.sigma2 / 50, zeta
+    expected = literal(toy, oracles)
+    everything = run(toy, oracles)
+    # The gain by its definition, off by as much as it may be: residual of no reference less that of the pose, halved.
+    support = fourier.make_support(toy.box, toy.r_max)
+    weight = support.gather(np.stack([oracles.half_of_cube(w) for w in toy.weights]))[toy.weight_index]
+    power = np.abs(support.gather(fourier.transform(toy.particles))) ** 2 * weight**2 / toy.sigma2[support.shell]
+    gain = np.zeros(toy.rotations.shape[:3])
+    for (i, k, p), (_, residual) in expected.items():
+        gain[k, i, p] = power[i].sum() - 0.5 * (residual[1:] / toy.sigma2[1 : toy.r_max + 1]).sum()
+    gain *= rng.uniform(0.97, 1.0, gain.shape)
+    if unknown:
+        gain[:, :, -1] = np.inf
+    looked_at = []
+    residual = module.ops.residual
+    monkeypatch.setattr(module.ops, "residual", lambda *a: looked_at.append(a[6].sum()) or residual(*a))
+    found = run(toy, oracles, gain=gain)
+    assert len(expected) / 20 < sum(looked_at) < len(expected) / 2
+    np.testing.assert_array_equal(found.particle, everything.particle)
+    np.testing.assert_array_equal(found.class_index, everything.class_index)
+    order = [np.lexsort((x.probability, x.class_index, x.particle)) for x in (found, everything)]
+    for name in ("probability", "rotations", "shifts", "residual"):
+        np.testing.assert_allclose(getattr(found, name)[order[0]], getattr(everything, name)[order[1]], atol=1e-12)
+    np.testing.assert_allclose(found.log_likelihood, everything.log_likelihood, rtol=1e-12)
+    np.testing.assert_allclose(found.class_probability, everything.class_probability, atol=1e-12)
+    assert found.candidates == everything.candidates

@@ -144,3 +144,57 @@ def test_no_refined_shift_is_longer_than_the_limit(scene):
     found = refine(observation, reference, start, precision, 1, limit)
     assert (np.linalg.norm(found.shifts[:, 0], axis=1) <= limit + 1e-9).all()
     assert (found.shifts[:, 0] != 0).any()
+
+
+def gains(observation, reference, candidates, precision):
+    """-1/2 of the residual against that of no reference, by their definitions."""
+    weight = observation.weights[observation.weight_index]
+    own = 2 * (weight**2 * precision * np.abs(observation.spectra) ** 2).sum(axis=1)
+    return 0.5 * (own[:, None] - residuals(observation, reference, candidates, precision))
+
+
+def test_the_gain_says_what_is_looked_at(scene, rng):
+    """Of poses with a known gain only the first are looked at; one that is not known always is."""
+    observation, reference, truth, shifts = scene
+    n, m = 20, 2
+    precision = np.full(len(observation.support), 1e-3, np.float32)
+    rotations = random_rotations(4 * n, rng).reshape(4, n, 3, 3)
+    for place in (7, 13):
+        rotations[:, place] = np.stack([small_turn(rng, 4.0) @ r for r in truth])
+    moved = np.repeat(shifts[:, None], n, axis=1)
+    start = Candidates(rotations, moved, np.zeros((4, n)), np.full(4, n))
+    exact = gains(observation, reference, start, precision)
+    assert (np.sort(np.argsort(-exact, axis=1)[:, :2], axis=1) == [7, 13]).all()
+    claimed = exact.copy()
+    claimed[:, 7] = -1e6  # a good pose that claims to be hopeless, and one that claims nothing
+    claimed[:, 13] = np.inf
+    found = refine(observation, reference, Candidates(rotations, moved, start.correlation, start.count, claimed),
+                   precision, m, 9.0)  # fmt: skip
+    np.testing.assert_array_equal(found.rotations[:, 7], rotations[:, 7])
+    assert (rotation_angle(found.rotations[:, 13], truth) < rotation_angle(rotations[:, 13], truth)).all()
+    # What was looked at has its true gain, the rest what it claimed.
+    after = gains(observation, reference, found, precision)
+    np.testing.assert_allclose(found.gain[:, 13], after[:, 13], rtol=1e-5)
+    assert (found.gain[:, 7] == -1e6).all()
+    assert (found.gain[:, 13] > exact[:, 13]).all()
+
+
+def test_what_is_too_far_behind_is_not_moved(scene, rng):
+    observation, reference, truth, shifts = scene
+    near = np.stack([small_turn(rng, 3.0) @ r for r in truth])
+    rotations = np.stack([near, random_rotations(4, rng)], axis=1)
+    start = Candidates(rotations, np.repeat(shifts[:, None], 2, axis=1), np.zeros((4, 2)), np.full(4, 2))
+    for scale, moves in ((1.0, False), (1e-6, True)):
+        precision = np.full(len(observation.support), scale, np.float32)
+        gain = gains(observation, reference, start, precision)
+        assert ((gain[:, 0] - gain[:, 1] > 1.5 * (30 + 0.05 * gain[:, 0])) != moves).all()
+        found = refine(observation, reference, start, precision, 2, 9.0)
+        assert (found.rotations[:, 1] != rotations[:, 1]).any() == moves
+        assert (found.rotations[:, 0] != rotations[:, 0]).any(axis=(1, 2)).all()
+
+
+def test_carried_poses_have_an_unknown_gain(rng):
+    rotations, shifts = random_rotations(4, rng).reshape(2, 2, 3, 3), np.zeros((2, 2, 3))
+    start = Candidates(rotations, shifts, np.ones((2, 2)), np.array([2, 1]), np.array([[5.0, 4.0], [3.0, 0.0]]))
+    found = carry_over(start, rotations[:, :1], shifts[:, :1], np.array([1, 1]))
+    np.testing.assert_array_equal(found.gain, [[5.0, np.inf], [3.0, np.inf]])

@@ -226,3 +226,12 @@ def test_align_finds_pose_and_shift(case, oracles):
     assert (np.abs(found.shifts[rows, best] - shifts) < 0.35).all()
     assert (found.correlation[rows, best] > 0.95).all()
     assert (found.correlation <= 1.02).all()
+    # The gain is that of the residual, as far as the parabola of the shift tells: a few per cent of the best.
+    arguments = observation.spectra, observation.weights, observation.weight_index
+    residual = ops.residual(reference.grid, *arguments, found.rotations, found.shifts, found.count, support, 2).sum(
+        axis=2
+    )
+    gain = (abs(spectra * weight) ** 2).sum(axis=1)[:, None] - 0.5 * residual
+    valid = np.arange(20) < found.count[:, None]
+    assert np.abs(found.gain - gain)[valid].max() < 0.05 * gain.max()
+    assert np.median(np.abs(found.gain - gain)[valid]) < 0.02 * gain.max()
