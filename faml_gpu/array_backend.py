@@ -42,6 +42,8 @@ __all__ = [
 Array = Any  # numpy.ndarray or cupy.ndarray; shapes and dtypes are in the docstrings
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# CuPy's pool raises a MemoryError; CUDA's runtime and driver, cuFFT and cuBLAS say it in their own ways.
+_NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
 FFT_PLANS = 16  # kept by CuPy for later calls; each may hold as much memory as the arrays it works on
 
 
@@ -106,7 +108,9 @@ def use_device(device: str) -> Iterator[None]:
         cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
         try:
             yield
-        except cupy.cuda.memory.OutOfMemoryError as error:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             raise InputError(
                 f"option device: found too little memory on {device} for even one particle at a time ({error}); "
                 "free some, use a smaller bandwidth or padding, or the CPU"
@@ -133,13 +137,12 @@ def free_memory(device: str) -> int:
 
 def working_bytes(array: Array) -> int:
     """Bytes of intermediate arrays a step should make at a time: little for a CPU's caches, more to fill a GPU."""
-    return 1 << 27 if on_host(array) else 1 << 29
+    return 1 << 27 if on_host(array) else min(1 << 29, free_memory(device_of(array)) // 16)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a CUDA device has too little memory."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(error, cupy.cuda.memory.OutOfMemoryError)
+    return isinstance(error, MemoryError) or any(text in f"{type(error).__name__} {error}" for text in _NO_MEMORY)
 
 
 def release_memory(device: str) -> None:

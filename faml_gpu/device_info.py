@@ -201,8 +201,10 @@ def _check(cupy: Any, index: int, count: int) -> tuple[str, str]:
     except _UnusableError:
         raise
     except Exception as error:
+        from faml_gpu.array_backend import out_of_memory  # here: it imports more than a choice of the CPU needs
+
         words = _words(error)
-        if isinstance(error, MemoryError) or any(text in words for text in _NO_MEMORY):
+        if out_of_memory(error):
             raise _UnusableError(
                 f"{card} has no memory left", "end what else runs there (nvidia-smi shows it)"
             ) from None
@@ -211,9 +213,6 @@ def _check(cupy: Any, index: int, count: int) -> tuple[str, str]:
             "install faml_gpu anew with the extra cuda13 or cuda12, which bring the CUDA libraries",
         ) from None
 
-
-# CUDA runtime, driver and cuBLAS say it in their own ways.
-_NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
 
 _PROBE = 'extern "C" __global__ void probe(float* out) { out[threadIdx.x] = threadIdx.x; }'
 

@@ -8,6 +8,7 @@ sum over the list. r_max <= ceil(N/2) - 1 keeps the Nyquist planes, which have n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,9 +119,10 @@ def transform(volumes: Array) -> Array:
 
 def inverse_transform(spectra: Array, box: int) -> Array:
     """Real volumes (..., N, N, N) from `transform`'s output."""
-    xp = namespace(spectra)
-    axes = (-3, -2, -1)
-    return xp.fft.fftshift(fft_module(spectra).irfftn(spectra, s=(box,) * 3, axes=axes), axes=axes)
+    xp, fft = namespace(spectra), fft_module(spectra)
+    # Axis by axis, the half axis last: cuFFT's real transform of several axes takes it for granted that the planes
+    # kx = 0 and N/2 are Hermitian, and spectra times weights as users have them need not be.
+    return xp.fft.fftshift(fft.irfft(fft.ifftn(spectra, axes=(-3, -2)), n=box), axes=(-3, -2, -1))
 
 
 def interpolation_grid(volumes: Array, r_max: int, padding: int, *, compensate: bool = True) -> Array:
@@ -150,10 +152,13 @@ def interpolation_grid(volumes: Array, r_max: int, padding: int, *, compensate: 
         line = xp.sinc((xp.arange(n) - n // 2) / size) ** 2
         kernel = line[:, None, None] * line[:, None] * line
         volumes = volumes / kernel.astype(volumes.dtype)
-    before = size // 2 - n // 2
-    pad = (before, size - n - before)
-    padded = xp.pad(volumes, [(0, 0)] * (volumes.ndim - 3) + [pad] * 3)
-    return _crop(transform(padded), padding * r_max + 1)
+    padded = xp.zeros((*volumes.shape[:-3], size, size, size), volumes.dtype)
+    # The origin, voxel N//2, goes to index 0, and what lies before it to the far end.
+    half = n // 2
+    parts = (slice(half, None), slice(0, n - half)), (slice(0, half), slice(size - half, None))
+    for (z, to_z), (y, to_y), (x, to_x) in product(parts, repeat=3):
+        padded[..., to_z, to_y, to_x] = volumes[..., z, y, x]
+    return _crop(fft_module(padded).rfftn(padded, axes=(-3, -2, -1)), padding * r_max + 1)
 
 
 def weight_grid(weights: Array, r_max: int) -> Array:

@@ -26,7 +26,15 @@ __all__ = [
 ]
 
 # Threads of a block, at most MAX_THREADS of common.cuh; a multiple of 32, of so3_select a power of 2.
-THREADS = {"rotate": 256, "residual": 256, "accumulate": 128, "assign": 256, "so3_maxima": 256, "so3_select": 256}
+THREADS = {
+    "rotate": 256,
+    "residual": 256,
+    "accumulate": 128,
+    "assign": 256,
+    "harmonics": 128,
+    "so3_maxima": 256,
+    "so3_select": 256,
+}
 SHARED_BYTES = 48 << 10  # of a block, that every card has
 MAX_ROWS = 65535  # of a grid's y axis
 

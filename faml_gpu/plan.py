@@ -38,7 +38,7 @@ __all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
 Float32 = NDArray[np.float32]
 Done = TypeVar("Done")
 
-BATCH_SHARE = {"cpu": 1.0, "cuda": 0.35}  # of the free memory, see `array_backend.free_memory`, a batch may take
+BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
@@ -77,7 +77,7 @@ class Plan:
         radius, shift = resolved["mask_radius"] / particles.voxel_size, resolved["max_shift"] / particles.voxel_size
         padded = (box * options.padding) ** 3
         grid = (4 * resolved["bandwidth"]) * (2 * resolved["bandwidth"]) ** 2
-        each = 4 * (6 * box**3 + 5 * padded + 6 * grid * options.n_classes)
+        each = 4 * (6 * box**3 + 5 * padded + 6 * grid)
         kind = device.partition(":")[0]
         size = int(np.clip(BATCH_SHARE[kind] * free_memory(device) / each, 1, BATCH_PARTICLES[kind]))
         if kind == "cuda":
@@ -155,6 +155,7 @@ class Plan:
             done = attempt(size)
             if done is None:
                 # Only now are the arrays of the failed attempt gone.
+                fast_alignment.forget_tables()
                 release_memory(self.device)
                 self.batch.size = -(-size // 2)
                 continue
@@ -354,7 +355,7 @@ class Band:
 
 
 def start_lowpass(asked: float | None, voxel_size: float, *, known: bool) -> float | None:
-    """Low-pass of the start, Angstrom; a start from a map or from poses (`known`) is taken as it is, nothing cut off."""
+    """Low-pass of the start, Angstrom; one from a map or from poses (`known`) is taken as it is, nothing cut off."""
     return 2 * voxel_size if asked is None and known else asked
 
 

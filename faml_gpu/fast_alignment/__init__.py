@@ -9,6 +9,7 @@ from faml_gpu.fast_alignment.align import (
     margin,
     single_best,
 )
+from faml_gpu.fast_alignment.harmonics import forget_tables
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
@@ -19,6 +20,7 @@ __all__ = [
     "ShiftWindow",
     "align",
     "carry_over",
+    "forget_tables",
     "make_reference",
     "margin",
     "refine",

@@ -27,8 +27,7 @@ __all__ = [
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
-# Weights whose c1 is kept for later batches, beyond those of the batch: memory must not grow with the particles.
-KEPT_WEIGHTS = 64
+KEPT_BYTES = 1 << 28  # of c1 kept for later batches: memory must not grow with the number of weights
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,6 @@ def normalised_scores(
     support, harmonics = observation.support, shell_harmonics(observation.support, reference.bandwidth)
     kept = {} if kept is None else kept
     missing = [i for i, name in enumerate(observation.weight_ids) if name not in kept]
-    while len(kept) > KEPT_WEIGHTS:
-        kept.pop(next(name for name in kept if name not in observation.weight_ids))
     if missing:
         weights = xp.stack([observation.weights[i] for i in missing])
         squared = correlate(harmonics.coefficients(weights**2 * precision), reference.power)
@@ -153,6 +150,8 @@ def normalised_scores(
         magnitude = magnitude - mean[:, support.shell].astype(np.float32)
     scores = correlate(harmonics.coefficients(magnitude * weight**2 * precision), reference.magnitude)
     scores /= xp.stack([kept[name] for name in observation.weight_ids])[observation.weight_index]
+    for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // scores[0].nbytes)]:
+        del kept[name]  # the oldest
     return scores
 
 

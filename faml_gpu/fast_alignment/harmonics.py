@@ -14,10 +14,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from faml_gpu import ops
 from faml_gpu.array_backend import Array, device_of, free_memory, namespace, to_device
 from faml_gpu.fourier import Support, make_support
 
-__all__ = ["ShellHarmonics", "SphereGrid", "degrees", "harmonics_at", "shell_harmonics", "sphere_grid"]
+__all__ = ["ShellHarmonics", "SphereGrid", "degrees", "forget_tables", "shell_harmonics", "sphere_grid"]
 
 STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which a CPU computes them shell by shell and keeps none
 
@@ -25,46 +26,6 @@ STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which a CPU computes
 def degrees(bandwidth: int, *, even: bool = True) -> NDArray[np.int64]:
     """The degrees l < L in use."""
     return np.arange(0, bandwidth, 2 if even else 1)
-
-
-def harmonics_at(directions: Array, bandwidth: int, *, even: bool = True) -> Array:
-    """Y_lm(n) for m >= 0, by the standard three-term recurrence in l of the normalised Legendre functions.
-
-    Parameters
-    ----------
-    directions : (n, 3) float64
-        Not zero; need not be unit vectors.
-    bandwidth : int
-        L; degrees l < L.
-    even : bool
-        Only even l.
-
-    Returns
-    -------
-    (L, n_l, n) complex128
-        Axes [m, l, point], 0 where l < m.
-    """
-    xp = namespace(directions)
-    n = directions / xp.sqrt((directions**2).sum(axis=1))[:, None]
-    z = n[:, 2]
-    # sin(theta) exp(i phi) = x + i y: its m-th power carries both the phase and the factor sin^m(theta).
-    xy = n[:, 0] + 1j * n[:, 1]
-    used = degrees(bandwidth, even=even)
-    row = {int(l): i for i, l in enumerate(used)}
-    out = xp.zeros((bandwidth, len(used), len(n)), np.complex128)
-    top = xp.full(len(n), 1 / np.sqrt(4 * np.pi), np.complex128)
-    for m in range(bandwidth):
-        if m:
-            top = -np.sqrt((2 * m + 1) / (2 * m)) * xy * top
-        before, current = xp.zeros_like(top), top
-        for l in range(m, bandwidth):
-            if l > m:
-                a = np.sqrt((4 * l * l - 1) / (l * l - m * m))
-                b = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) if l > 1 else 0.0
-                before, current = current, a * (z * current - b * before)
-            if l in row:
-                out[m, row[l]] = current
-    return out
 
 
 @dataclass(frozen=True)
@@ -94,8 +55,8 @@ def sphere_grid(bandwidth: int, *, even: bool = True, device: str = "cpu") -> Sp
     sine = np.sqrt(1 - z * z)
     directions = np.stack([sine * np.cos(f), sine * np.sin(f), z], axis=-1).reshape(-1, 3)
     weight = np.repeat(quadrature, 2 * bandwidth) * np.pi / bandwidth
-    y = harmonics_at(directions, bandwidth, even=even).reshape(-1, len(directions))
-    analysis = (y.conj() * weight).T.astype(np.complex64, order="C")
+    table = ops.harmonics(directions, bandwidth, even=even).reshape(len(directions), 2, -1) * weight[:, None, None]
+    analysis = (table[:, 0] + 1j * table[:, 1]).astype(np.complex64)
     return SphereGrid(to_device(directions, device), to_device(analysis, device), bandwidth)
 
 
@@ -119,10 +80,8 @@ class ShellHarmonics:
     def _table(self, r: int) -> Array:
         """Real columns (voxels of bin r, 2 * L * n_l): Re and Im of conj Y_lm."""
         voxels, _ = self.bins[r - 1]
-        xp = namespace(voxels)
-        y = harmonics_at(self.support.coords[voxels].astype(np.float64), self.bandwidth, even=self.even)
-        y = y.reshape(-1, len(voxels))
-        return xp.ascontiguousarray(xp.concatenate([y.real, -y.imag]).T.astype(np.float32))
+        directions = self.support.coords[voxels].astype(np.float64)
+        return ops.harmonics(directions, self.bandwidth, even=self.even).reshape(len(voxels), -1)
 
     def coefficients(self, values: Array) -> Array:
         """p_lm(r) of real functions given on the support.
@@ -153,7 +112,7 @@ class ShellHarmonics:
         return (out[..., :n] + 1j * out[..., n:]).reshape(shape)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)  # tables of the bands before are of no use any more, and large
 def _shell_harmonics(box: int, r_max: int, bandwidth: int, device: str) -> ShellHarmonics:
     support = make_support(box, r_max)
     radius = np.sqrt((support.coords.astype(np.float64) ** 2).sum(axis=1))
@@ -173,3 +132,8 @@ def _shell_harmonics(box: int, r_max: int, bandwidth: int, device: str) -> Shell
 def shell_harmonics(support: Support, bandwidth: int) -> ShellHarmonics:
     """Even-degree harmonics at the voxels of a support (kept, as long as they fit, for later calls)."""
     return _shell_harmonics(support.box, support.r_max, bandwidth, device_of(support.coords))
+
+
+def forget_tables() -> None:
+    """Let go of the harmonics kept for later calls, where memory is short."""
+    _shell_harmonics.cache_clear()

@@ -47,7 +47,7 @@ def correlate(p: Array, q: Array) -> Array:
     spectrum = xp.zeros((b, n, n, l_max + 1), np.complex64)
     s = s.transpose(3, 2, 1, 0)
     spectrum[:, :, :l_max, :l_max], spectrum[:, :, l_max + 1 :, :l_max] = s[:, :, l_max - 1 :], s[:, :, : l_max - 1]
-    return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward")
+    return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward", overwrite_x=True)
 
 
 def grid_angles(bandwidth: int) -> tuple[Any, Any]:

@@ -59,7 +59,7 @@ class ShiftWindow:
             c = self.correlate(cross[start : start + chunk])
             column = xp.arange(c.shape[3])
             top = xp.where(self.inside[..., None], c, -np.inf).reshape(t**3, -1).argmax(axis=0)
-            index = xp.stack(xp.unravel_index(top, (t, t, t)))  # x, y, z
+            index = xp.stack([top // (t * t), top // t % t, top % t])  # x, y, z
             peak = c[(*index, column)].astype(np.float64)
             values[start : start + chunk] = peak
             for axis in range(3):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faml_gpu import faml, plan
+from faml_gpu import array_backend, faml, plan
 from faml_gpu.data import Result
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import rotation_angle
@@ -91,6 +91,23 @@ def test_far_too_little_memory_is_an_error(particles: ArrayParticles, emulated_g
     emulated_gpu.memory = 1 << 20
     with pytest.raises(InputError, match=r"option device: .*memory on cuda:0"):
         run(particles, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "yes"),
+    [
+        (MemoryError("std::bad_alloc"), True),
+        (RuntimeError("CUFFT_ALLOC_FAILED"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cudaErrorMemoryAllocation: out of memory"), True),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), True),
+        (RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS"), False),
+        (ValueError("shape"), False),
+    ],
+)
+def test_what_counts_as_too_little_memory(error: Exception, yes: bool) -> None:
+    """As the libraries word it: CuPy's pool and Thrust, cuFFT, cuBLAS, CUDA's runtime and driver."""
+    assert array_backend.out_of_memory(error) == yes
 
 
 def test_boxes_cross_once_and_sums_come_back_once(particles: ArrayParticles, emulated_gpu: Any) -> None:

@@ -1,0 +1,76 @@
+"""Spherical harmonics at many points: the tables that take functions on Fourier shells to their coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from faml_gpu import kernels
+from faml_gpu.array_backend import Array, namespace, twin
+from faml_gpu.ops._check import require
+
+__all__ = ["harmonics"]
+
+
+def harmonics(points: Array, bandwidth: int, *, even: bool = True) -> Array:
+    """Conj Y_lm(n) for m >= 0, by the three-term recurrence in l of the normalised Legendre functions.
+
+    Y_lm are orthonormal with the Condon-Shortley phase (`scipy.special.sph_harm_y`).
+
+    Parameters
+    ----------
+    points : (n, 3) float64
+        Directions; not zero, need not be unit vectors.
+    bandwidth : int
+        L; degrees l < L.
+    even : bool
+        Only even l.
+
+    Returns
+    -------
+    (n, 2, L, n_l) float32
+        Real and imaginary part; axes [point, part, m, l], 0 where l < m.
+    """
+    require(points, "points", np.float64, (None, 3))
+    if bandwidth < 1:
+        raise ValueError(f"bandwidth: found {bandwidth}, expected at least 1")
+    return twin(_harmonics_cpu, _harmonics_cuda, points)(points, bandwidth, 2 if even else 1)
+
+
+def _harmonics_cpu(points: Array, bandwidth: int, step: int) -> Array:
+    table = np.zeros((len(points), 2, bandwidth, -(-bandwidth // step)), np.float32)
+    _harmonics_loop(points, bandwidth, step, table)
+    return table
+
+
+def _harmonics_cuda(points: Array, bandwidth: int, step: int) -> Array:
+    xp = namespace(points)
+    n = len(points)
+    table = xp.empty((n, 2, bandwidth, -(-bandwidth // step)), np.float32)
+    blocks = -(-n // kernels.THREADS["harmonics"])
+    kernels.launch("harmonics", np.float32, blocks, (points, n, bandwidth, step, table))
+    return table
+
+
+@numba.njit(parallel=True, cache=True)
+def _harmonics_loop(points: Any, bandwidth: int, step: int, table: Any) -> None:
+    for j in numba.prange(points.shape[0]):
+        x, y, z = points[j, 0], points[j, 1], points[j, 2]
+        length = np.sqrt(x * x + y * y + z * z)
+        z /= length
+        # sin(theta) exp(i phi) = x + i y: its m-th power carries both the phase and the factor sin^m(theta).
+        xy = complex(x / length, y / length)
+        top = complex(1 / np.sqrt(4 * np.pi), 0.0)
+        for m in range(bandwidth):
+            if m:
+                top = -np.sqrt((2 * m + 1) / (2 * m)) * xy * top
+            before, now = complex(0.0, 0.0), top
+            for l in range(m, bandwidth):
+                if l > m:
+                    a = np.sqrt((4 * l * l - 1) / (l * l - m * m))
+                    b = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) if l > 1 else 0.0
+                    before, now = now, a * (z * now - b * before)
+                if l % step == 0:
+                    table[j, 0, m, l // step], table[j, 1, m, l // step] = now.real, -now.imag
