@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from faml_gpu.data import Result
     from faml_gpu.errors import InputError
+    from faml_gpu.evaluation import evaluate
     from faml_gpu.options import Options
     from faml_gpu.pipeline import average, classify
     from faml_gpu.run_folder import OutputError
 
-__all__ = ["InputError", "Options", "OutputError", "Result", "__version__", "average", "classify"]
+__all__ = ["InputError", "Options", "OutputError", "Result", "__version__", "average", "classify", "evaluate"]
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "Result": "data",
     "average": "pipeline",
     "classify": "pipeline",
+    "evaluate": "evaluation",
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands `faml-gpu average | classify | demo | info`: options to calls, progress and errors to the terminal.
+"""The commands `faml-gpu average | classify | demo | evaluate | info`: options to calls, progress and errors shown.
 
 Only light modules are imported at the top, so that --help answers at once.
 """
@@ -181,7 +181,8 @@ class Shared:
         int, typer.Option(help="Same seed, same result. Another one: another random start.", rich_help_panel=RUN_PANEL)
     ] = 0
     device: Annotated[
-        str, typer.Option(help="auto or cpu; cuda comes with a later release.", rich_help_panel=RUN_PANEL)
+        str,
+        typer.Option(help="auto (a GPU that works, else the CPU), cpu, cuda or cuda:1 ...", rich_help_panel=RUN_PANEL),
     ] = "auto"
     threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel=RUN_PANEL)
@@ -267,6 +268,9 @@ def classify(
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("faml_demo"),
     seed: Annotated[int, typer.Option(help="Of the simulated data and the random start.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU that works, else the CPU), cpu, cuda or cuda:1 ...")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in the folder.")] = False,
 ) -> None:
@@ -278,6 +282,7 @@ def demo(
             run_demo(
                 output,
                 seed=seed,
+                device=device,
                 threads=threads,
                 overwrite=overwrite,
                 say=display.say,
@@ -286,14 +291,146 @@ def demo(
 
 
 @app.command()
+def evaluate(
+    found: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN | MAP...",
+            help="Output folder of a run, or one or more maps (.mrc).",
+            show_default=False,
+        ),
+    ],
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STAR",
+            help="STAR file with the true angles, origins and class numbers of the run's particles, as far as known; "
+            "found by their rlnImageName (path or file name).",
+        ),
+    ] = None,
+    truth_map: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="MAP",
+            help="True map of class 1; again for class 2, 3 ... Or any reference map. "
+            "Same box and voxel size as the averages, protein bright.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for evaluation.json and evaluation_fsc.png.", show_default="beside the maps"
+        ),
+    ] = None,
+    radius: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Radius of the structure: maps are compared inside this sphere.",
+            show_default="found from each truth map",
+        ),
+    ] = None,
+    lowpass: Annotated[
+        list[float] | None,
+        typer.Option(metavar="Å", help="Also correlate maps low-passed to this; repeatable.", show_default="20 and 30"),
+    ] = None,
+    point_group: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Symmetry of the true structure, for the pose errors: Cn and Dn about z (a two-fold of Dn along x); "
+            "T, O, I and I2 with axes along x, y and z. Once, or once for each class.",
+            show_default="C1",
+        ),
+    ] = None,
+    pairs: Annotated[
+        int, typer.Option(help="Random pairs of aligned particles for the signal-to-noise ratio; 0: none.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the random pairs.")] = 0,
+    symmetry_order: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Symmetry score: mean correlation of the average with itself turned by 360°/N, 2·360°/N ...",
+        ),
+    ] = None,
+    symmetry_axis: Annotated[
+        Literal["x", "y", "z", "principal"],
+        typer.Option(
+            help="Axis of the symmetry score, in the truth map (or in the average, without one); principal: the axis "
+            "the structure is long or flat along."
+        ),
+    ] = "principal",
+    iteration: Annotated[
+        int | None, typer.Option(help="Iteration of the run to evaluate.", show_default="the final result")
+    ] = None,
+    voxel_size: Annotated[
+        float | None, typer.Option(metavar="Å", help="Voxel size, if the maps do not say it.")
+    ] = None,
+    save_maps: Annotated[
+        bool, typer.Option("--save-maps", help="Also write each average moved onto its truth map.")
+    ] = False,
+) -> None:
+    """Compare a finished run, or maps, with the truth or with reference maps.
+
+    Averages are turned and moved onto the truth map, as they are and mirrored.
+
+    Tells how well classes, angles, origins and maps agree, and the signal-to-noise ratio.
+    """
+    with _ending(Resume(None, "nothing was changed")):
+        from faml_gpu.evaluation import evaluate, make_folder, print_tables, write_evaluation
+
+        status = Console(stderr=True)
+        if output is not None:
+            make_folder(output)
+        with status.status("reading") as shown:
+            result = evaluate(
+                found,
+                truth=truth,
+                truth_maps=truth_map or [],
+                radius=radius,
+                filters=lowpass or (20.0, 30.0),
+                point_group=point_group or ["C1"],
+                symmetry_order=symmetry_order,
+                symmetry_axis=symmetry_axis,
+                pairs=pairs,
+                seed=seed,
+                iteration=iteration,
+                voxel_size=voxel_size,
+                progress=shown.update,
+            )
+        print_tables(result, Console(highlight=False))
+        beside = found[0] if found[0].is_dir() else found[0].parent
+        written = write_evaluation(result, output or beside, save_maps=save_maps)
+        typer.echo(f"wrote {', '.join(map(str, written))}")
+
+
+@app.command()
 def info() -> None:
     """Versions, processor, memory, and the state of CUDA on this machine."""
-    from faml_gpu.device_info import choose_device, cuda_state, machine, versions
+    from faml_gpu.device_info import choose_device, cuda_info, machine, versions
 
     device, reason = choose_device("auto")
-    lines = versions() | machine() | {"cuda": cuda_state(), "device": f"{device} ({reason})"}
+    lines = versions() | machine() | cuda_info()
+    lines |= {"device": f"{device} ({reason})", "kernels": _compile_kernels(device)}
     for name, value in lines.items():
         typer.echo(f"{name:<12} {value}")
+
+
+def _compile_kernels(device: str) -> str:
+    if device == "cpu":
+        return "not compiled: no GPU"
+    from faml_gpu import kernels
+    from faml_gpu.array_backend import use_device
+
+    start = time.monotonic()
+    try:
+        with use_device(device):
+            compiled = kernels.compile_all()
+    except Exception as error:  # the compiler's message, or whatever else: to be seen, with all the rest of `info`
+        return f"do not compile: {type(error).__name__}: {error}"
+    names = {kernel["kernel"] for kernel in compiled}
+    return f"{len(names)}, in float and double, compiled in {time.monotonic() - start:.1f} s"
 
 
 def main() -> None:
@@ -393,13 +530,14 @@ def _iteration_line(record: IterationRecord, iterations: int, seconds: float) ->
 class Resume:
     """How to go on after an interruption: the command as given, with --resume."""
 
-    def __init__(self, output: Path | None) -> None:
+    def __init__(self, output: Path | None, otherwise: str = "start again with --overwrite") -> None:
         self._output = output
+        self._otherwise = otherwise
 
     def hint(self) -> str:
         """What to print."""
         if self._output is None:
-            return "start again with --overwrite"
+            return self._otherwise
         if not any(self._output.glob("run_it*_checkpoint.json")):
             return "no iteration was completed: nothing to go on from"
         words = [word for word in sys.argv[1:] if word != "--overwrite"]

@@ -1,11 +1,14 @@
 """How far a result is from the truth: poses up to their common gauge, classes up to their names, maps up to their pose.
 
-Nothing here knows the method: maps are compared in real space with scipy's splines and its optimiser.
+Arrays in, numbers out. Maps are compared in real space with scipy's splines and its optimiser, which the method does
+not use; single particles (`aligned_spectrum`) in Fourier space, where their missing wedge is known.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,20 +16,32 @@ from scipy import fft, ndimage, optimize
 from scipy.spatial.transform import Rotation
 
 from faml_gpu.errors import InputError
+from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, transform, weight_grid
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.masks import soft_sphere
+from faml_gpu.ops import rotate
 
 __all__ = [
+    "PairSnr",
     "align_map",
+    "aligned_spectrum",
     "best_labels",
     "common_gauge",
+    "confusion_matrix",
     "correlation",
     "f1_score",
+    "mirrored",
+    "pair_snr",
+    "point_group",
     "pose_errors",
     "precision",
+    "principal_axis",
+    "random_pairs",
     "recall",
     "rotate_map",
+    "structure_radius",
+    "symmetry_score",
 ]
 
 Float32 = NDArray[np.float32]
@@ -36,30 +51,68 @@ Int64 = NDArray[np.int64]
 GAUGE_REACH = 20.0  # degrees: poses farther than this from a gauge do not speak for it
 SEARCH_STEP = 15.0  # degrees between the rotations of the global search
 SEARCH_KEPT = 10  # rotations of the global search that are refined
+PAIR_PADDING = 2  # of the boxes that are turned in Fourier space
+STRUCTURE_LEVEL = 0.25  # of the way from the background to the brightest voxels: above it is structure
 
 
-def correlation(first: ArrayLike, second: ArrayLike, mask: ArrayLike | None = None) -> float:
-    """Pearson correlation of two maps about their means, each voxel weighted by a mask.
+def correlation(
+    first: ArrayLike, second: ArrayLike, mask: ArrayLike | None = None, *, about_mean: bool = True
+) -> float:
+    """Correlation of two maps, each voxel weighted by a mask.
 
     Parameters
     ----------
     first, second : (N, N, N) arrays
     mask : (N, N, N) array >= 0, or None for all voxels alike
+    about_mean : Pearson's, each map less its mean inside the mask; False is the plain overlap Σab / sqrt(Σa² Σb²),
+        which Chimera's "Fit in Map" calls correlation, and which a constant background raises
 
     Returns
     -------
     float
-        -1 .. 1; 0 if a map is constant inside the mask.
+        -1 .. 1; 0 if a map is constant (plain overlap: zero) inside the mask.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     w = np.ones_like(a) if mask is None else np.asarray(mask, dtype=np.float64)
     w = w / w.sum()
-    a, b = a - np.sum(w * a), b - np.sum(w * b)
+    if about_mean:
+        a, b = a - np.sum(w * a), b - np.sum(w * b)
     power = np.sum(w * a * a) * np.sum(w * b * b)
     return float(np.sum(w * a * b) / np.sqrt(power)) if power > 0 else 0.0
 
 
 # --- poses --------------------------------------------------------------------------------------------------
+
+
+def point_group(name: str) -> Float64:
+    """Rotations of a point group whose centre is the origin.
+
+    Parameters
+    ----------
+    name : Schoenflies, in either case, with these axes
+        Cn: the n-fold along z. Dn: the n-fold along z, a two-fold along x. T: two-folds along x, y and z, three-folds
+        along (±1, ±1, ±1). O: four-folds along x, y and z. I (or I1): two-folds along x, y and z, five-folds along
+        (0, ±1, ±φ) and their cyclic permutations, φ the golden ratio: those nearest to z are in the plane yz. I2: the
+        other of the two such settings, the five-folds nearest to z in the plane xz.
+
+    Returns
+    -------
+    (g, 3, 3) float64 array, the identity first
+
+    Raises
+    ------
+    InputError
+        For any other name.
+    """
+    wanted = name.strip().upper()
+    if re.fullmatch(r"[CD][1-9]\d{0,2}|T|O|I[12]?", wanted) is None:
+        raise InputError(f"point group: found {name!r}, expected C1, C2 ... D1, D2 ... T, O, I or I2")
+    scipy_name: Any = "I" if wanted[0] == "I" else wanted
+    group = np.asarray(Rotation.create_group(scipy_name).as_matrix())
+    if wanted == "I2":
+        quarter = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        group = quarter @ group @ quarter.T
+    return group[np.argsort(-np.trace(group, axis1=1, axis2=2), kind="stable")]
 
 
 def common_gauge(
@@ -185,6 +238,23 @@ def best_labels(found: ArrayLike, truth: ArrayLike) -> Int64:
     counts = np.bincount(a * size + b, minlength=size * size).reshape(size, size)
     _, name = optimize.linear_sum_assignment(counts, maximize=True)
     return np.asarray(name, dtype=np.int64)[a]
+
+
+def confusion_matrix(found: ArrayLike, truth: ArrayLike, shape: tuple[int, int] | None = None) -> Int64:
+    """How many particles of each true class (columns) are in each found class (rows).
+
+    Parameters
+    ----------
+    found, truth : (n,) integer arrays, labels from 0
+    shape : numbers of found and of true classes, where some may be empty; None takes the largest labels
+
+    Returns
+    -------
+    (K_found, K_true) int64 array
+    """
+    a, b = _labels(found, truth)
+    rows, columns = shape or (int(a.max()) + 1, int(b.max()) + 1)
+    return np.bincount(a * columns + b, minlength=rows * columns).reshape(rows, columns).astype(np.int64)
 
 
 def precision(found: ArrayLike, truth: ArrayLike) -> Float64:
@@ -313,6 +383,106 @@ def align_map(
     return rotation, shift, r, rotate_map(average, rotation.T, -rotation.T @ shift)
 
 
+def mirrored(volume: ArrayLike) -> Float32:
+    """A map of the other hand: x → −x about the box centre, voxel N // 2; (N, N, N) float32.
+
+    For even N the plane x = −N/2, which has no partner, stays where it is.
+    """
+    values = np.asarray(volume, dtype=np.float32)
+    return np.ascontiguousarray(np.roll(values[:, :, ::-1], 1 - values.shape[2] % 2, axis=2))
+
+
+def _structure(volume: ArrayLike, voxel_size: float) -> tuple[NDArray[np.bool_], Float32]:
+    """Where the structure of a map is: its largest connected part above a level; and the smoothed map, background 0."""
+    values = np.asarray(volume, dtype=np.float32)
+    smooth = lowpass(values, max(30.0, 3 * voxel_size), voxel_size)
+    smooth -= np.median(smooth)
+    # Not the maximum: one bright voxel (a gold bead, an ion) is no structure.
+    bright = smooth > STRUCTURE_LEVEL * np.percentile(smooth, 99.9)
+    parts, count = ndimage.label(bright)
+    if count == 0 or not np.ptp(values) > 0:
+        return np.ones(values.shape, dtype=bool), smooth
+    return np.asarray(parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])), smooth
+
+
+def structure_radius(volume: ArrayLike, voxel_size: float) -> float:
+    """Radius in Angstrom of the sphere about the box centre that holds the structure of a map.
+
+    The map (bright structure on a background that fills most of the box) is low-passed to 30 Å or three voxels; the
+    structure is the largest connected part above a quarter of the way from the median to the brightest thousandth.
+    At most half the box less a voxel.
+
+    Parameters
+    ----------
+    volume : (N, N, N) array
+    voxel_size : Angstrom
+    """
+    inside, _ = _structure(volume, voxel_size)
+    box = len(inside)
+    distance = float(np.linalg.norm(np.stack(np.nonzero(inside)) - box // 2, axis=0).max())
+    return float(np.clip(distance, 1.0, box // 2 - 1.0)) * voxel_size
+
+
+def principal_axis(volume: ArrayLike, voxel_size: float) -> tuple[Float64, Float64]:
+    """The axis a structure is long, or flat, along: the principal axis of its density that differs from the other two.
+
+    Parameters
+    ----------
+    volume : (N, N, N) array, bright structure
+    voxel_size : Angstrom
+
+    Returns
+    -------
+    axis : (3,) float64 array, unit vector, (x, y, z); its largest component is positive
+    centre : (3,) float64 array, centre of the density, voxels from the box centre
+    """
+    inside, smooth = _structure(volume, voxel_size)
+    points = np.stack(np.nonzero(inside))[::-1] - len(inside) // 2  # (3, n), x y z
+    weights = np.maximum(smooth[inside].astype(np.float64), 1e-6)
+    centre = np.average(points, axis=1, weights=weights)
+    spread, axes = np.linalg.eigh(np.cov(points, aweights=weights))  # ascending
+    axis = axes[:, 2] if spread[2] - spread[1] > spread[1] - spread[0] else axes[:, 0]
+    return axis * np.sign(axis[np.argmax(np.abs(axis))]), centre
+
+
+def symmetry_score(
+    volume: ArrayLike,
+    order: int,
+    axis: ArrayLike = (0.0, 0.0, 1.0),
+    *,
+    mask_radius: float,
+    centre: ArrayLike = (0.0, 0.0, 0.0),
+) -> float:
+    """Mean pairwise Pearson correlation of a map turned by 0, 1 .. n − 1 times 360°/n about an axis.
+
+    Parameters
+    ----------
+    volume : (N, N, N) array
+    order : n, at least 2
+    axis : (3,) array, (x, y, z), of any length
+    mask_radius : voxels, of the sphere about `centre` that is compared
+    centre : (3,) array, a point of the axis, voxels from the box centre, (x, y, z)
+
+    Returns
+    -------
+    float
+        1 for a map with that symmetry; for a noisy one, its power share that has it.
+    """
+    if order < 2:
+        raise InputError(f"symmetry score: found an order of {order}, expected 2 or more")
+    values = np.asarray(volume, dtype=np.float32)
+    direction = np.asarray(axis, dtype=np.float64)
+    direction = direction / np.linalg.norm(direction)
+    inside = soft_sphere(len(values), mask_radius, 0) > 0
+    turns = Rotation.from_rotvec(np.outer(2 * np.pi * np.arange(order) / order, direction)).as_matrix()
+    # x → A(S⁻¹x + centre): the axis goes through the box centre of what is compared.
+    turned = np.stack([rotate_map(values, turn, -turn @ np.asarray(centre, np.float64))[inside] for turn in turns])
+    if np.any(turned.std(axis=1) == 0):
+        return 0.0
+    correlations: Float64 = np.corrcoef(turned.astype(np.float64))
+    return float(correlations[np.triu_indices(order, 1)].mean())
+
+
 def _resample(volume: Float32, size: int) -> Float32:
     """Fourier crop to (size)³, the box centre staying the centre voxel of the smaller box."""
     box = len(volume)
@@ -413,3 +583,119 @@ def _rotation_grid(step: float) -> Float64:
         [inner * np.sin(alpha), inner * np.cos(alpha), outer * np.sin(beta), outer * np.cos(beta)], -1
     )
     return np.asarray(Rotation.from_quat(quaternions).as_matrix())
+
+
+# --- signal to noise ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairSnr:
+    """Signal-to-noise ratio from correlations of pairs (`pair_snr`).
+
+    Attributes
+    ----------
+    correlation, correlation_error : mean Pearson correlation c of the pairs, and its standard error
+    snr, snr_error : c / (1 − c), and its standard error
+    pairs, particles : how many
+    """
+
+    correlation: float
+    correlation_error: float
+    snr: float
+    snr_error: float
+    pairs: int
+    particles: int
+
+
+def aligned_spectrum(
+    volume: ArrayLike,
+    weight: ArrayLike,
+    rotation: ArrayLike,
+    shift: ArrayLike,
+    mask: ArrayLike,
+    support: Support,
+) -> tuple[NDArray[np.complex64], NDArray[np.bool_]]:
+    """A particle turned and shifted back to the reference's pose, in Fourier space.
+
+    The box is shifted back, less its mean, times the mask; then X(Rξ) and w(Rξ) are interpolated.
+
+    Parameters
+    ----------
+    volume : (N, N, N) array, `[z, y, x]`
+    weight : (N, N, N//2 + 1) array in [0, 1], rfftn layout: what was observed
+    rotation, shift : pose (R, t) of the particle, t in voxels
+    mask : (N, N, N) array about the box centre
+    support : Fourier voxels to give, of the same box
+
+    Returns
+    -------
+    (M,) complex64 array, values on the support's list
+    (M,) bool array, where the particle was observed (w > ½)
+    """
+    window = np.asarray(mask, dtype=np.float32)
+    turn = np.ascontiguousarray(np.asarray(rotation, dtype=np.float64).T)[None]  # ops.rotate samples at turn^T ξ = Rξ
+    frequency = np.fft.fftfreq(support.box)
+    x, y, z = (frequency * component for component in np.asarray(shift, dtype=np.float64))
+    phase = z[:, None, None] + y[:, None] + x[: support.box // 2 + 1]
+    spectrum = transform(np.asarray(volume, dtype=np.float32)) * np.exp(2j * np.pi * phase).astype(np.complex64)
+    centred = inverse_transform(spectrum, support.box)
+    centred = window * (centred - centred.mean())
+    grid = interpolation_grid(np.asarray(centred, dtype=np.float32), support.r_max, PAIR_PADDING)
+    weights = weight_grid(np.asarray(weight, dtype=np.float32), support.r_max).astype(np.complex64)
+    return (
+        rotate(grid, turn, support.coords, PAIR_PADDING)[0],
+        rotate(weights, turn, support.coords, 1)[0].real > 0.5,
+    )
+
+
+def random_pairs(n: int, count: int, rng: np.random.Generator) -> Int64:
+    """At most `count` different pairs (i, j), i < j < n, drawn without replacement, (pairs, 2) int64."""
+    total = n * (n - 1) // 2
+    number = np.sort(rng.choice(total, size=min(count, total), replace=False))
+    first, second = np.triu_indices(n, 1)
+    return np.stack([first[number], second[number]], axis=1).astype(np.int64)
+
+
+def pair_snr(spectra: ArrayLike, observed: ArrayLike, pairs: ArrayLike) -> PairSnr:
+    """Signal-to-noise ratio c / (1 − c), c the mean Pearson correlation of pairs of aligned particles.
+
+    J. Frank & L. Al-Ali, "Signal-to-noise ratio of electron micrographs obtained by cross correlation", Nature 256
+    (1975) 376. Each pair is correlated over the Fourier voxels that both observed. Pairs that share a particle are
+    not independent: the standard error counts them (the dyadic-robust variance of M. Fafchamps & F. Gubert, 2007).
+
+    Parameters
+    ----------
+    spectra : (n, M) complex array of `aligned_spectrum`, without the mean (ξ = 0)
+    observed : (n, M) bool array
+    pairs : (P, 2) int array
+
+    Returns
+    -------
+    PairSnr
+
+    Raises
+    ------
+    InputError
+        No pair has a Fourier voxel in common.
+    """
+    values, seen, chosen = np.asarray(spectra), np.asarray(observed, dtype=bool), np.asarray(pairs, dtype=np.int64)
+    found = []
+    for i, j in chosen:
+        both = seen[i] & seen[j]
+        a, b = values[i][both], values[j][both]
+        power = float(np.vdot(a, a).real) * float(np.vdot(b, b).real)
+        found.append(float(np.vdot(a, b).real) / np.sqrt(power) if power > 0 else np.nan)
+    correlations = np.array(found)
+    valid = np.isfinite(correlations)
+    if not valid.any():
+        raise InputError("signal-to-noise ratio: found no pair of particles that observed the same Fourier voxels")
+    correlations, chosen = correlations[valid], chosen[valid]
+    n, mean = len(correlations), float(correlations.mean())
+    rest = correlations - mean
+    per_particle = np.bincount(chosen.ravel(), weights=np.repeat(rest, 2), minlength=len(values))
+    alone = float(np.sum(rest**2))
+    # The sum over particles counts each pair with itself twice, hence once less; never below independent pairs.
+    error = float(np.sqrt(max(alone, float(np.sum(per_particle**2)) - alone))) / n
+    snr = mean / (1 - mean) if mean < 1 else np.inf
+    snr_error = error / (1 - mean) ** 2 if mean < 1 else np.inf
+    return PairSnr(mean, error, snr, snr_error, n, len(np.unique(chosen)))

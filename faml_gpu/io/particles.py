@@ -27,7 +27,7 @@ from faml_gpu.io.mrc import MrcHeader, read_header, read_volume
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
 from faml_gpu.weights import missing_wedge, read_layout, wedge_consistency, wedge_warning
 
-__all__ = ["ArrayParticles", "FileParticles", "open_particles"]
+__all__ = ["ArrayParticles", "FileParticles", "open_particles", "star_poses"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -231,7 +231,7 @@ def open_particles(
     if table is not None:
         _check_image_size(table, box)
     voxel = _agreed_voxel_size(headers, table, voxel_size, source)
-    poses = _poses(table, voxel) if table is not None and use_poses else None
+    poses = star_poses(table, voxel) if table is not None and use_poses else None
 
     weights: list[MrcHeader | Float32]
     if tilt_range is not None:
@@ -493,7 +493,7 @@ def _agreed_voxel_size(
     return voxel
 
 
-def _poses(table: StarTable, voxel_size: float) -> Poses:
+def star_poses(table: StarTable, voxel_size: float) -> Poses:
     angle_columns = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
     if missing := [column for column in angle_columns if column not in table.columns]:
         raise InputError(f"--use-poses: {table.path} has no {', '.join(missing)}")

@@ -41,6 +41,17 @@ def test_fsc_of_closed_forms() -> None:
     np.testing.assert_allclose(fsc(signal + one, signal + two)[8:], 0.5, atol=0.06)
 
 
+def test_fsc_and_resolution_of_maps_that_agree_up_to_a_shell() -> None:
+    """The same coefficients up to shell 10, independent ones beyond: 1 there, near 0 beyond, 0.5 in between."""
+    one, two = RNG.standard_normal((2, 48, 48, 48))
+    low = lowpass(one, 48 * 4.0 / 10.5, 4.0, edge=0)
+    curve = fsc(one, low + two - lowpass(two, 48 * 4.0 / 10.5, 4.0, edge=0))
+    np.testing.assert_allclose(curve[:11], 1.0, atol=1e-4)
+    np.testing.assert_allclose(curve[11:], 0.0, atol=0.12)  # 1,400 coefficients in shell 11: 0.03
+    assert 48 * 4.0 / 11 < resolution_at(curve, 0.5, 4.0, 48) < 48 * 4.0 / 10
+    assert 48 * 4.0 / 11 < resolution_at(curve, 0.143, 4.0, 48) < resolution_at(curve, 0.5, 4.0, 48)
+
+
 def test_fsc_looks_inside_the_mask_only() -> None:
     a, b = RNG.standard_normal((2, 12, 12, 12))
     mask = np.zeros((12, 12, 12))

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
 from faml_gpu import metrics
 from faml_gpu.errors import InputError
+from faml_gpu.fourier import full_band, make_support, transform
 from faml_gpu.fsc import lowpass
 from faml_gpu.masks import soft_sphere
-from faml_gpu.simulate import density, groel, ribosome
+from faml_gpu.simulate import Phantom, density, groel, ribosome
+from faml_gpu.simulate.forward import simulate_particle
+from faml_gpu.weights import missing_wedge
 
 
 def angle(a: np.ndarray, b: np.ndarray) -> float:
@@ -186,3 +191,247 @@ def test_align_map_of_nothing_is_zero() -> None:
     assert np.isfinite(aligned).all()
     with pytest.raises(InputError, match="shape"):
         metrics.align_map(np.zeros((8, 8, 8)), reference, voxel_size=12.0, mask_radius=135.0)
+
+
+# --- point groups -------------------------------------------------------------------------------------------
+
+GOLDEN = (1 + np.sqrt(5)) / 2
+
+
+def holds(group: np.ndarray, angle: float, axis: tuple[float, float, float]) -> bool:
+    """Whether the rotation by an angle (degrees) about an axis is in the group."""
+    rotation = Rotation.from_rotvec(np.deg2rad(angle) * np.array(axis) / np.linalg.norm(axis)).as_matrix()
+    return bool(np.abs(group - rotation).max(axis=(1, 2)).min() < 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "inside", "outside"),
+    [
+        ("C1", 1, [], [(180, (0, 0, 1))]),
+        ("c7", 7, [(360 / 7, (0, 0, 1))], [(180, (1, 0, 0))]),
+        ("D2", 4, [(180, (0, 0, 1)), (180, (1, 0, 0)), (180, (0, 1, 0))], [(90, (0, 0, 1))]),
+        ("D7", 14, [(360 / 7, (0, 0, 1)), (180, (1, 0, 0))], [(180, (0, 1, 0))]),
+        ("T", 12, [(180, (0, 0, 1)), (180, (1, 0, 0)), (120, (1, 1, 1)), (120, (-1, 1, 1))], [(90, (0, 0, 1))]),
+        ("O", 24, [(90, (0, 0, 1)), (90, (1, 0, 0)), (120, (1, 1, 1)), (180, (1, 1, 0))], [(72, (0, 1, GOLDEN))]),
+        ("I", 60, [(180, (0, 0, 1)), (120, (1, 1, 1)), (72, (0, 1, GOLDEN))], [(72, (1, 0, GOLDEN))]),
+        ("I1", 60, [(72, (0, 1, GOLDEN)), (72, (GOLDEN, 0, 1))], [(72, (1, 0, GOLDEN))]),
+        ("I2", 60, [(180, (0, 1, 0)), (120, (1, 1, 1)), (72, (1, 0, GOLDEN))], [(72, (0, 1, GOLDEN))]),
+    ],
+)
+def test_point_groups_have_their_axes(name: str, order: int, inside: list, outside: list) -> None:
+    group = metrics.point_group(name)
+    assert group.shape == (order, 3, 3)
+    np.testing.assert_allclose(group[0], np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(group), 1)
+    assert all(holds(group, *rotation) for rotation in inside)
+    assert not any(holds(group, *rotation) for rotation in outside)
+    products = np.einsum("aij,bjk->abik", group, group).reshape(-1, 1, 3, 3)
+    distances = np.abs(products - group).max(axis=(2, 3))
+    assert distances.min(axis=1).max() < 1e-9  # closed
+    assert (distances < 1e-6).sum() == order**2  # no element twice
+
+
+@pytest.mark.parametrize("name", ["", "C", "C0", "D0", "X", "I3", "C1234", "Oh", "D7x"])
+def test_unknown_point_groups_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="point group"):
+        metrics.point_group(name)
+
+
+@pytest.mark.parametrize("name", ["C7", "D7", "T", "O", "I"])
+def test_pose_errors_modulo_the_point_group(name: str) -> None:
+    symmetry = metrics.point_group(name)
+    r, t, true_r, true_t, *_ = poses(150, symmetry, 0.0, 11)
+    angles, distances = metrics.pose_errors(r, t, true_r, true_t, symmetry)
+    assert np.median(angles) == pytest.approx(2.7, abs=0.8)
+    assert angles.max() < 12
+    assert np.median(distances) < 0.6
+    # The same poses taken as those of an asymmetric structure are mostly wrong.
+    assert np.mean(metrics.pose_errors(r, t, true_r, true_t)[0] > 20) > 0.5
+
+
+@pytest.mark.parametrize("name", ["C1", "D7", "O"])
+def test_pose_errors_do_not_depend_on_the_gauge(name: str) -> None:
+    """The average turned and moved as a whole, and each true pose replaced by an equivalent one: the same errors."""
+    rng, symmetry = np.random.default_rng(5), metrics.point_group(name)
+    r, t, true_r, true_t, *_ = poses(60, symmetry, 0.2, 3)
+    before = metrics.pose_errors(r, t, true_r, true_t, symmetry)
+    q, u = Rotation.random(None, rng).as_matrix(), np.array([2.0, -1.0, 0.5])
+    pick = symmetry[rng.integers(len(symmetry), size=60)]
+    after = metrics.pose_errors(r @ q, t + r @ u, true_r @ pick, true_t, symmetry)
+    np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+# --- confusion, correlation, hand ---------------------------------------------------------------------------
+
+
+def test_confusion_matrix_by_hand() -> None:
+    found, truth = [0, 0, 2, 2, 2, 1], [1, 1, 0, 0, 1, 0]
+    assert metrics.confusion_matrix(found, truth).tolist() == [[0, 2], [1, 0], [2, 1]]
+    assert metrics.confusion_matrix(found, truth, (4, 3)).tolist() == [[0, 2, 0], [1, 0, 0], [2, 1, 0], [0, 0, 0]]
+
+
+def test_correlation_not_about_the_mean_is_the_overlap() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 10, 10, 10)) + 5
+    mask = soft_sphere(10, 3, 0)
+    x, y = a[mask > 0], b[mask > 0]
+    expected = x @ y / np.sqrt((x @ x) * (y @ y))
+    assert metrics.correlation(a, b, mask, about_mean=False) == pytest.approx(expected)
+    assert expected > 0.9  # which a background alone gives
+    assert metrics.correlation(a, np.zeros_like(a), mask, about_mean=False) == 0.0
+
+
+@pytest.mark.parametrize("box", [24, 25])
+def test_mirrored_is_the_density_of_mirrored_atoms(box: int) -> None:
+    phantom = ribosome()
+    other = dataclasses.replace(phantom, centres=phantom.centres * [-1, 1, 1])
+    expected = density(other, box, 16.0)
+    np.testing.assert_allclose(metrics.mirrored(density(phantom, box, 16.0)), expected, atol=1e-5 * expected.max())
+
+
+# --- radius, axis, symmetry ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [80.0, 120.0])
+def test_structure_radius_of_a_ball(radius: float) -> None:
+    rng = np.random.default_rng(1)
+    ball = soft_sphere(48, radius / 8, 0) + 0.05 * rng.standard_normal((48, 48, 48)) + 3.0
+    ball[2, 2, 2:5] = 10.0  # a bead far off is no part of it
+    # A level of a quarter lies a little outside the edge, which is at one half.
+    assert radius < metrics.structure_radius(ball, 8.0) < radius + 16
+    assert metrics.structure_radius(np.ones((16, 16, 16)), 8.0) == 7 * 8.0
+
+
+@pytest.mark.parametrize("scale", [(0.4, 0.4, 1.0), (1.0, 1.0, 0.4)], ids=["rod", "disc"])
+def test_principal_axis_of_rod_and_disc(scale: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng(6)
+    turn, shift = Rotation.from_euler("ZYZ", [20, 60, 0], degrees=True).as_matrix(), np.array([2.0, -1.0, 3.0])
+    k = np.arange(40) - 20
+    z, y, x = np.meshgrid(k, k, k, indexing="ij")
+    points = (np.stack([x, y, z], axis=-1) - shift) @ turn / (14 * np.array(scale))
+    body = (np.sum(points**2, axis=-1) < 1) + 0.05 * rng.standard_normal((40, 40, 40))
+    axis, centre = metrics.principal_axis(body, 10.0)
+    assert np.rad2deg(np.arccos(abs(axis @ turn[:, 2]))) < 1.0
+    np.testing.assert_allclose(centre, shift, atol=0.1)
+
+
+def test_symmetry_score_is_the_mean_over_all_pairs() -> None:
+    """Four-fold about z of an odd box: rotations by 90 degrees move voxels onto voxels."""
+    volume = np.random.default_rng(2).standard_normal((17, 17, 17)).astype(np.float32)
+    volume += volume[::-1]
+    inside = soft_sphere(17, 6.0, 0) > 0
+    turned = [np.rot90(volume, k, axes=(1, 2))[inside] for k in range(4)]
+    expected = np.mean([np.corrcoef(turned[i], turned[j])[0, 1] for i in range(4) for j in range(i)])
+    assert metrics.symmetry_score(volume, 4, (0, 0, 2), mask_radius=6.0) == pytest.approx(expected, abs=1e-5)
+    # About x instead, and about an axis that does not go through the box centre.
+    sideways = np.transpose(volume, (1, 2, 0))
+    assert metrics.symmetry_score(sideways, 4, (1, 0, 0), mask_radius=6.0) == pytest.approx(expected, abs=1e-5)
+    moved = np.roll(volume, (1, -2), axis=(1, 2))
+    score = metrics.symmetry_score(moved, 4, mask_radius=6.0, centre=(-2, 1, 0))
+    assert score == pytest.approx(expected, abs=1e-5)
+    assert metrics.symmetry_score(moved, 4, mask_radius=6.0) != pytest.approx(expected, abs=0.01)
+
+
+def test_symmetry_score_of_noise_is_the_power_share_of_the_symmetric_part() -> None:
+    rng = np.random.default_rng(9)
+    noise = rng.standard_normal((2, 33, 33, 33))
+    symmetric = sum(np.rot90(noise[0], k, axes=(1, 2)) for k in range(4)) / 2  # variance 1
+    # Signal 1, noise 1: turned copies share half their power.
+    score = metrics.symmetry_score(symmetric + noise[1], 4, mask_radius=15.0)
+    assert score == pytest.approx(0.5, abs=0.03)  # 14,000 voxels: 1 %
+    seven = density(groel(), 48, 5.0)
+    assert metrics.symmetry_score(seven, 7, mask_radius=20.0) > 0.99
+    assert metrics.symmetry_score(seven, 5, mask_radius=20.0) < 0.9
+    with pytest.raises(InputError, match="order"):
+        metrics.symmetry_score(seven, 1, mask_radius=20.0)
+
+
+# --- signal to noise ----------------------------------------------------------------------------------------
+
+
+def test_random_pairs_are_different_pairs() -> None:
+    pairs = metrics.random_pairs(30, 200, np.random.default_rng(0))
+    assert pairs.shape == (200, 2)
+    assert len({tuple(pair) for pair in pairs.tolist()}) == 200
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+    assert pairs.max() < 30
+    assert len(metrics.random_pairs(5, 200, np.random.default_rng(0))) == 10
+
+
+@pytest.mark.parametrize("snr", [0.02, 0.5])
+@pytest.mark.parametrize("wedge", [0.0, 0.4], ids=["whole", "wedge"])
+def test_pair_snr_is_known_within_its_error(snr: float, wedge: float) -> None:
+    """Coefficients of a fixed signal and noise of known variances, each particle lacking its own part of them."""
+    n, voxels, deviations = 30, 2000, []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        signal, *noise = rng.standard_normal((n + 1, voxels, 2)) @ [1, 1j]
+        signal *= np.sqrt(2 * voxels * snr / np.sum(np.abs(signal) ** 2))
+        observed = rng.random((n, voxels)) >= wedge
+        spectra = np.where(observed, signal + np.array(noise), 100.0)  # what was not observed must not count
+        result = metrics.pair_snr(spectra, observed, metrics.random_pairs(n, 300, rng))
+        assert (result.pairs, result.snr) == (300, pytest.approx(result.correlation / (1 - result.correlation)))
+        deviations.append((result.snr - snr) / result.snr_error)
+    # The error is the standard deviation of the result over data sets, and the result has no bias beside it.
+    assert abs(np.mean(deviations)) < 0.6
+    assert 0.7 < np.std(deviations) < 1.4
+
+
+def test_pair_snr_without_common_voxels_is_refused() -> None:
+    observed = np.array([[True, False], [False, True]])
+    with pytest.raises(InputError, match="same Fourier voxels"):
+        metrics.pair_snr(np.ones((2, 2), complex), observed, [[0, 1]])
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_aligned_spectrum_is_that_of_the_reference(box: int) -> None:
+    """A particle in a known pose, turned back: the reference's own transform, where its wedge observed it."""
+    phantom, rng = ribosome(), np.random.default_rng(8)
+    support, mask = make_support(box, full_band(box)), soft_sphere(box, 13, 3)
+    reference = density(phantom, box, 11.0, resolution=35.0)
+    expected = support.gather(transform(mask * (reference - reference.mean())))
+    rotation, shift = Rotation.random(None, rng).as_matrix(), np.array([1.4, -0.8, 2.1])
+    particle = density(phantom, box, 11.0, rotation, shift, resolution=35.0)
+    wedge = missing_wedge(box, (-60, 60))
+    whole, _ = metrics.aligned_spectrum(particle, np.ones_like(wedge), rotation, shift, mask, support)
+    # Trilinear interpolation at padding 2: 2 %.
+    assert np.linalg.norm(whole - expected) < 0.04 * np.linalg.norm(expected)
+    _, observed = metrics.aligned_spectrum(particle, wedge, rotation, shift, mask, support)
+    x, _, z = (support.coords @ rotation.T).T  # Rξ: where the particle's own transform is looked up
+    inside = np.abs(z) <= np.tan(np.deg2rad(60)) * np.abs(x)
+    assert np.mean(observed == inside) > 0.96  # all but voxels on the edge
+
+
+def rough(n: int) -> Phantom:
+    """Narrow blobs of either sign at random: power at all frequencies alike, as no protein has it."""
+    rng = np.random.default_rng(1)
+    points = rng.uniform(-100, 100, (4 * n, 3))
+    points = points[np.linalg.norm(points, axis=1) < 100][:n]
+    return Phantom("rough", points, np.full(n, 9.6), rng.choice([-1.0, 1.0], n), "C1", 110.0)
+
+
+@pytest.mark.parametrize("tilts", [None, (-60.0, 60.0)], ids=["whole", "wedge"])
+@pytest.mark.parametrize(("phantom", "bias"), [(rough(200), 0.03), (ribosome(), 0.15)], ids=["rough", "ribosome"])
+def test_snr_of_simulated_particles(phantom: Phantom, bias: float, tilts: tuple[float, float] | None) -> None:
+    """Boxes in known poses with white noise: the ratio of signal and noise power in mask and band.
+
+    The wedge's edge is a voxel wide, where interpolation mixes in what was not observed. It matters where the power is
+    in the lowest shells, which are mostly edge: the ribosome's ratio comes out a tenth low.
+    """
+    box, rng, n = 32, np.random.default_rng(3), 40
+    weight = np.ones((box, box, box // 2 + 1), np.float32) if tilts is None else missing_wedge(box, tilts)
+    support, mask = make_support(box, full_band(box)), soft_sphere(box, 13, 3)
+    rotations, shifts = Rotation.random(n, rng).as_matrix(), rng.uniform(-2, 2, (n, 3))
+    aligned = []
+    for rotation, shift in zip(rotations, shifts, strict=True):
+        particle = simulate_particle(phantom, rotation, shift, weight, rng, box=box, voxel_size=12.0, snr=0.05)
+        aligned.append(metrics.aligned_spectrum(particle, weight, rotation, shift, mask, support))
+    spectra, observed = (np.stack(values) for values in zip(*aligned, strict=True))
+    pairs = metrics.random_pairs(n, 500, rng)
+    result = metrics.pair_snr(spectra, observed, pairs)
+    reference = density(phantom, box, 12.0)
+    power = np.abs(support.gather(transform(mask * (reference - reference.mean())))) ** 2
+    noise = reference.var() / 0.05 * np.sum(mask.astype(float) ** 2)
+    both = [observed[i] & observed[j] for i, j in pairs]
+    expected = np.mean([power[seen].mean() / noise for seen in both])
+    assert result.snr == pytest.approx(expected, abs=3 * result.snr_error + (bias if tilts else 0.01) * expected)

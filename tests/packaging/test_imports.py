@@ -28,7 +28,7 @@ RANKS = [
     {"starting", "history"},
     {"faml"},
     {"run_folder"},
-    {"pipeline"},
+    {"pipeline", "evaluation"},
     {"demo"},
     {"cli"},
 ]
