@@ -84,4 +84,4 @@ def gpu() -> str:
     try:
         return device_info.choose_device("cuda")[0]
     except InputError as error:
-        pytest.skip(f"no GPU: {error}")
+        pytest.skip(f"no GPU: {str(error).partition(', but ')[2].partition(';')[0]}")

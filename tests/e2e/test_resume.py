@@ -35,6 +35,14 @@ OPTIONS: dict[str, Any] = {
 }
 FLAGS = shlex.split("--tilt-range -60 60 --iterations 5 --bandwidth 6 --candidates 4 --mask-radius 120 --seed 3")
 MAIN = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
+# The same, with a pause before each iteration: a run of six small boxes would be over before a signal arrives.
+SLOW = [
+    sys.executable,
+    "-c",
+    "import time; from faml_gpu import faml; from faml_gpu.cli import main; iterate = faml.iterate\n"
+    "faml.iterate = lambda *arguments: time.sleep(0.3) or iterate(*arguments)\n"
+    "main()",
+]
 Contents = Callable[[Path], dict[str, bytes]]
 
 
@@ -122,7 +130,7 @@ def test_other_data_are_refused(small_star: Path, tmp_path: Path, contents: Cont
 
 def started(star: Path, out: Path) -> subprocess.Popen[str]:
     """The command in a process of its own, in the middle of its run."""
-    command = [*MAIN, "classify", str(star), "-k", "2", "-o", str(out), *FLAGS]
+    command = [*SLOW, "classify", str(star), "-k", "2", "-o", str(out), *FLAGS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (out / "run_it002_checkpoint.json").exists():
