@@ -35,11 +35,13 @@ OPTIONS: dict[str, Any] = {
 }
 FLAGS = shlex.split("--tilt-range -60 60 --iterations 5 --bandwidth 6 --candidates 4 --mask-radius 120 --seed 3")
 MAIN = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
-# The same, with a pause before each iteration: a run of six small boxes would be over before a signal arrives.
+# The same, with a pause before each iteration: a run of six small boxes would be over before a signal arrives. A shell
+# starts background jobs (such as these tests) with SIGINT ignored, and their children inherit that.
 SLOW = [
     sys.executable,
     "-c",
-    "import time; from faml_gpu import faml; from faml_gpu.cli import main; iterate = faml.iterate\n"
+    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from faml_gpu import faml; from faml_gpu.cli import main; iterate = faml.iterate\n"
     "faml.iterate = lambda *arguments: time.sleep(0.3) or iterate(*arguments)\n"
     "main()",
 ]
