@@ -96,7 +96,7 @@ def parameters(file: str, real: str) -> dict[str, tuple[Parameter, ...]]:
     types = _TYPES | _OF_REAL[real]
     found = {}
     for name, inside in re.findall(
-        r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\s*\(([^)]*)\)', text
+        r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)', text
     ):
         row = []
         for declared in inside.split(","):

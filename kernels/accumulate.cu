@@ -6,7 +6,7 @@
 // the order of the sums is that of the list. order (n,): entries sorted by class; those of class k are
 // class_start[k] .. class_start[k + 1]. phase (n, 3, 2 r_max + 1): exp(2 pi i k t' / N) with t' = R^T t.
 // The block loads `tile` entries at a time into shared memory: tile * 3 (2 r_max + 1) cplx, tile * 9 real.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     accumulate(const cplx* __restrict__ grids, int c, const real* __restrict__ weight_grids, int d,
                const long long* __restrict__ weight_index, const long long* __restrict__ particle,
                const long long* __restrict__ order, const long long* __restrict__ class_start,

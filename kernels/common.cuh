@@ -13,6 +13,8 @@ struct alignas(16) cplx_double {  // complex128, of sums
 
 constexpr int WARP = 32;
 constexpr int MAX_THREADS = 256;  // of a block; faml_gpu/kernels.py launches no more
+// Blocks of a multiprocessor the compiler is to leave registers for. Left to itself it aims at more, and spills.
+constexpr int BLOCKS = sizeof(real) == sizeof(float) ? 4 : 2;
 
 // Value at (x, y, z) of a centred half grid (2c + 1, 2c + 1, c + 1), axes [z, y, x]; x < 0 by Hermitian symmetry.
 // |x|, |y|, |z| < c: the caller has checked that the grid reaches one step beyond the samples.

@@ -3,7 +3,7 @@
 
 // table (n, 2, L, n_l): Re and -Im of Y_lm, axes [m, l], 0 where l < m. One thread a point; step 2 keeps the even degrees
 // only. In double: the recurrence runs over up to L degrees.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     harmonics(const double* __restrict__ points, int n, int bandwidth, int step, float* __restrict__ table) {
     const int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= n) return;

@@ -8,7 +8,7 @@ constexpr int RUN = 8;
 // One block a (particle, pose); its warps share the shells. Rotated, shifted, subtracted, weighted, squared and summed
 // in registers: no rotated volume in memory. rotations (B, n, 9), times the padding of the grid.
 // Shared memory: 3 (2 r_max + 1) cplx.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     residual(const cplx* __restrict__ grid, int c, const cplx* __restrict__ spectra, const real* __restrict__ weights,
              const long long* __restrict__ weight_index, const real* __restrict__ rotations,
              const double* __restrict__ shifts, const long long* __restrict__ count, const int* __restrict__ coords,
