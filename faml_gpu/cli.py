@@ -1,4 +1,4 @@
-"""The commands `faml-gpu average | classify | demo | evaluate | info`: options to calls, progress and errors shown.
+"""Commands `faml-gpu average | classify | demo | evaluate | simulate | fsc | info`: calls, progress and errors.
 
 Only light modules are imported at the top, so that --help answers at once.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 INPUT_PANEL, START_PANEL, METHOD_PANEL, RUN_PANEL = "Input", "Start", "Method", "Run and output"
+PARTICLES_PANEL, IMAGING_PANEL = "Particles", "Imaging"  # of `simulate`
 
 app = typer.Typer(
     help="Average and classify cryo-electron subtomograms without a reference (FAML).",
@@ -339,7 +340,7 @@ def evaluate(
         typer.Option(
             metavar="NAME",
             help="Symmetry of the true structure, for the pose errors: Cn and Dn about z (a two-fold of Dn along x); "
-            "T, O, I and I2 with axes along x, y and z. Once, or once for each class.",
+            "T, O, I1 and I2 with RELION's axes. Once, or once for each class.",
             show_default="C1",
         ),
     ] = None,
@@ -403,6 +404,187 @@ def evaluate(
         beside = found[0] if found[0].is_dir() else found[0].parent
         written = write_evaluation(result, output or beside, save_maps=save_maps)
         typer.echo(f"wrote {', '.join(map(str, written))}")
+
+
+@app.command()
+def simulate(
+    structures: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STRUCTURE...",
+            help="Each one a class: a PDB or mmCIF file, an MRC map (protein bright), or a built-in shape: groel, "
+            "groel-es, proteasome, ribosome, tmv, tric.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for boxes, STAR files and true maps.", show_default=False)
+    ],
+    count: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--count",
+            "-n",
+            help="Boxes of each structure: once for all, or once for each in their order.",
+            show_default="100",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = None,
+    box: Annotated[int, typer.Option(help="Box size, voxels.", rich_help_panel=PARTICLES_PANEL)] = 64,
+    voxel_size: Annotated[float, typer.Option(metavar="Å", help="Voxel size.", rich_help_panel=PARTICLES_PANEL)] = 6.0,
+    resolution: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Low-pass filter of the structures.",
+            show_default="3 voxels",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = None,
+    snr: Annotated[
+        float,
+        typer.Option(
+            help="Signal-to-noise ratio of the boxes: variance of noise-free boxes over that of boxes of noise alone. "
+            "inf leaves the noise out.",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = 0.01,
+    max_shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å",
+            help="Particles lie off the centre of their box by up to this along each axis.",
+            show_default="2 voxels",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = None,
+    about_axis: Annotated[
+        Literal["x", "y", "z"] | None,
+        typer.Option(
+            help="Preferred orientation: all particles have their principal axis along this axis and are turned about "
+            "it only.",
+            show_default="any orientation",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = None,
+    assembly: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Biological assembly of PDB and mmCIF files; none: the atoms as they are.",
+            show_default="the first",
+            rich_help_panel=PARTICLES_PANEL,
+        ),
+    ] = None,
+    tilt_range: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LO HI", help="Lowest and highest tilt, degrees.", rich_help_panel=IMAGING_PANEL),
+    ] = (-60.0, 60.0),
+    tilt_step: Annotated[float, typer.Option(help="Degrees between images.", rich_help_panel=IMAGING_PANEL)] = 3.0,
+    tilt_axis: Annotated[
+        Literal["x", "y"],
+        typer.Option(help="Axis of the boxes that the stage tilts about.", rich_help_panel=IMAGING_PANEL),
+    ] = "y",
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="No images: noise is added to the structure itself, and the missing wedge is cut out. No CTF, no MTF.",
+            rich_help_panel=IMAGING_PANEL,
+        ),
+    ] = False,
+    ctf: Annotated[
+        bool, typer.Option("--ctf/--no-ctf", help="Contrast transfer of the microscope.", rich_help_panel=IMAGING_PANEL)
+    ] = True,
+    mtf: Annotated[
+        bool, typer.Option("--mtf/--no-mtf", help="Blur of the detector.", rich_help_panel=IMAGING_PANEL)
+    ] = True,
+    defocus: Annotated[
+        float, typer.Option(metavar="µm", help="Underfocus is positive.", rich_help_panel=IMAGING_PANEL)
+    ] = 6.0,
+    voltage: Annotated[
+        float, typer.Option(metavar="kV", help="Of the microscope.", rich_help_panel=IMAGING_PANEL)
+    ] = 300.0,
+    cs: Annotated[float, typer.Option(metavar="mm", help="Spherical aberration.", rich_help_panel=IMAGING_PANEL)] = 2.7,
+    amplitude_contrast: Annotated[float, typer.Option(help="Share, 0 to 1.", rich_help_panel=IMAGING_PANEL)] = 0.07,
+    wiener: Annotated[
+        float,
+        typer.Option(
+            help="Noise-to-signal ratio that the CTF correction assumes: larger is smoother.",
+            rich_help_panel=IMAGING_PANEL,
+        ),
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Same seed, same particles.", rich_help_panel=RUN_PANEL)] = 0,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, or a GPU as cuda or cuda:0.", rich_help_panel=RUN_PANEL)
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel=RUN_PANEL)
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace the simulation in the folder; files that no simulation wrote stay.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False,
+) -> None:
+    """Simulate subtomograms with known truth: structures, tilt series, reconstructed boxes."""
+    given = dict(locals())
+    with _ending(Resume(None)):
+        from faml_gpu.simulate import SimulationOptions, simulate_data_set
+
+        options = SimulationOptions(**{field.name: given[field.name] for field in fields(SimulationOptions)})
+        with Display(0) as display:
+            result = simulate_data_set(
+                structures,
+                count or [100],
+                output,
+                options,
+                device=device,
+                threads=threads,
+                overwrite=overwrite,
+                progress=display.step,
+                say=display.say,
+            )
+        typer.echo(f"wrote {len(result.classes)} boxes: {result.star}, with the truth in {result.truth_star}")
+
+
+@app.command()
+def fsc(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Half map (.mrc).", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The other one, lying on the first.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for postprocess.star, postprocess_fsc.json and postprocess_fsc.png.",
+            show_default=False,
+        ),
+    ],
+    mask: Annotated[
+        Path | None, typer.Option(metavar="MAP", help="Soft mask (.mrc, 0 to 1) around the structure.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(metavar="Å", help="A soft sphere about the box centre instead of a mask.")
+    ] = None,
+    voxel_size: Annotated[
+        float | None, typer.Option(metavar="Å", help="Voxel size, if the maps do not say it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random phases.")] = 0,
+) -> None:
+    """Fourier shell correlation of two maps, corrected for what a mask adds.
+
+    Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
+    """
+    with _ending(Resume(None)):
+        from faml_gpu.halves import compare_files, write_comparison
+
+        comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
+        typer.echo("\n".join(comparison.lines()))
+        typer.echo(f"wrote {', '.join(map(str, write_comparison(comparison, output)))}")
 
 
 @app.command()
@@ -480,7 +662,7 @@ class Display:
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._whole = self._bars.add_task("iterations", total=self._iterations)
+            self._whole = self._bars.add_task("iterations", total=self._iterations, visible=self._iterations > 0)
             self._part = self._bars.add_task("preparing", total=1)
             self._bars.start()
         return self

@@ -6,9 +6,8 @@ not use; single particles (`aligned_spectrum`) in Fourier space, where their mis
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +20,7 @@ from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.masks import soft_sphere
 from faml_gpu.ops import rotate
+from faml_gpu.symmetry import point_group
 
 __all__ = [
     "PairSnr",
@@ -82,37 +82,6 @@ def correlation(
 
 
 # --- poses --------------------------------------------------------------------------------------------------
-
-
-def point_group(name: str) -> Float64:
-    """Rotations of a point group whose centre is the origin.
-
-    Parameters
-    ----------
-    name : Schoenflies, in either case, with these axes
-        Cn: the n-fold along z. Dn: the n-fold along z, a two-fold along x. T: two-folds along x, y and z, three-folds
-        along (±1, ±1, ±1). O: four-folds along x, y and z. I (or I1): two-folds along x, y and z, five-folds along
-        (0, ±1, ±φ) and their cyclic permutations, φ the golden ratio: those nearest to z are in the plane yz. I2: the
-        other of the two such settings, the five-folds nearest to z in the plane xz.
-
-    Returns
-    -------
-    (g, 3, 3) float64 array, the identity first
-
-    Raises
-    ------
-    InputError
-        For any other name.
-    """
-    wanted = name.strip().upper()
-    if re.fullmatch(r"[CD][1-9]\d{0,2}|T|O|I[12]?", wanted) is None:
-        raise InputError(f"point group: found {name!r}, expected C1, C2 ... D1, D2 ... T, O, I or I2")
-    scipy_name: Any = "I" if wanted[0] == "I" else wanted
-    group = np.asarray(Rotation.create_group(scipy_name).as_matrix())
-    if wanted == "I2":
-        quarter = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-        group = quarter @ group @ quarter.T
-    return group[np.argsort(-np.trace(group, axis1=1, axis2=2), kind="stable")]
 
 
 def common_gauge(

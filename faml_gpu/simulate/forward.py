@@ -1,7 +1,8 @@
 """Boxes as a tomogram would give them, with known truth.
 
-The fast mode here is box = W (density + white noise), W the missing wedge: what the method's data model
-says, without CTF or reconstruction. A mode that goes through a tilt series can return the same `Simulation`.
+In memory, of phantoms, by the fast model box = W (density + white noise), W the missing wedge: what the method's data
+model says, without CTF or reconstruction. The signal-to-noise ratio here is counted per box and before the wedge; that
+of `simulate_data_set`, which goes through a tilt series, is counted on the boxes as they are, behind it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ RANKS = [
     {"errors"},
     {"options", "data", "array_backend", "device_info"},
     {"kernels"},
-    {"geometry", "fourier", "weights", "masks", "ops", "fsc"},
+    {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry"},
     {"metrics"},
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io", "report"},
     {"posteriors"},
@@ -28,7 +28,7 @@ RANKS = [
     {"starting", "history"},
     {"faml"},
     {"run_folder"},
-    {"pipeline", "evaluation"},
+    {"pipeline", "evaluation", "halves"},
     {"demo"},
     {"cli"},
 ]
@@ -106,7 +106,9 @@ def declared() -> tuple[set[str], set[str]]:
 def third_party(folder: Path) -> dict[str, set[str]]:
     """Distributions imported below a folder, with the files that do."""
     homes = importlib.metadata.packages_distributions()
-    local = {"faml_gpu", "tests", "bench", *(path.stem for path in folder.rglob("*.py"))}
+    # Scripts of bench/ import their neighbours by name, and so do their tests.
+    own = [*folder.rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    local = {"faml_gpu", "tests", "bench", *(path.stem for path in own)}
     found: dict[str, set[str]] = {}
     for path in folder.rglob("*.py"):
         for name in imported(path):
