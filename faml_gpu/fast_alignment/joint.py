@@ -1,0 +1,648 @@
+"""Sampler `joint`: the pose integral itself, over rotations and shifts together and with the phases kept.
+
+Beyond the paper, which matches magnitudes because it holds the integral to be out of reach. For one shift t the sum
+c0(R, t) = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA] is one correlation on SO(3), and c1^2(R) = sum w^2 /
+sigma^2 |RA|^2 does not depend on t, so the log-posterior c0 - c1^2 / 2 - |t|^2 / (2 zeta^2) is known on a whole grid:
+
+1. at a low band and a coarse grid of shifts, summed over the shifts as they stream by (`log_marginal`);
+2. the equal-volume cells of SO(3) that hold the mass by that are scored from the voxels, over all shifts at once;
+3. the most massive of them are split in eight, at finer shifts where those are too coarse, a few times over.
+
+What comes out are (rotation, shift) points of the finest cells with the log of the volume each stands for: with these
+in place of the Voronoi shares, the log-sum-exp of `expectation` is the integral over all cells that were looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu import ops
+from faml_gpu.array_backend import Array, device_of, fft_module, namespace, step, to_device, to_host, working_bytes
+from faml_gpu.fast_alignment.align import Candidates, Observation, Reference
+from faml_gpu.fast_alignment.harmonics import sphere_grid
+from faml_gpu.fast_alignment.so3 import grid_angles
+from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
+from faml_gpu.fast_alignment.wigner import small_d_table
+from faml_gpu.fourier import Support, make_support
+
+__all__ = [
+    "JointReference",
+    "cell_children",
+    "cell_rotations",
+    "forget_joint_tables",
+    "integrate",
+    "log_marginal",
+    "make_joint_reference",
+    "quadrature",
+    "shift_grid",
+]
+
+COARSE_R, COARSE_L = 10, 12  # largest band and bandwidth of the search over all rotations
+PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to be linear over a whole one
+COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
+REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
+SELECTED = 96  # cells scored from the voxels
+SPLIT = 12  # at most so many of them are split in eight, in each round
+ROUNDS = 3
+SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
+LOCAL_REACH = 4  # points of a finer lattice to either side of the best shift
+MASS = 0.99  # of the posterior, held by the candidates
+
+
+@dataclass(frozen=True)
+class JointReference(Reference):
+    """A class average ready for `integrate`; what magnitudes need is left empty.
+
+    phases (P, 2L, S) complex64: conj q_lm'(r) for each pair (m, l) and m' in FFT order, of A;
+    powers: the same of |A|^2. coarse_r: band of these.
+    """
+
+    phases: Array
+    powers: Array
+    coarse_r: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs 0 <= m <= l < L: those of even l first, then those of odd l."""
+
+    m: NDArray[np.int64]
+    l: NDArray[np.int64]
+    n_even: int
+
+
+@lru_cache(maxsize=8)
+def _pairs(bandwidth: int) -> Pairs:
+    m, l = np.nonzero(np.arange(bandwidth)[:, None] <= np.arange(bandwidth))
+    order = np.argsort(l % 2, kind="stable")
+    return Pairs(m[order], l[order], int((l % 2 == 0).sum()))
+
+
+@dataclass(frozen=True)
+class PhaseHarmonics:
+    """Harmonics of complex functions at the voxels |xi| <= r of a support.
+
+    f(-xi) = conj f(xi), and Y_lm(-n) = (-1)^l Y_lm(n): even degrees come from Re f, odd ones from i Im f. The i is left
+    out, on both sides of a correlation it cancels. So P_lm = 2 sum over half the voxels of (Re f or Im f) conj Y_lm are
+    the coefficients of real functions, and half the tables do.
+
+    order (M',): the voxels, sorted by radius, as indices into the support. tables: per bin of radii the slice of
+    `order`, and for even and odd degrees the rows (to the shell below: Re, Im; to the shell above: Re, Im) of
+    conj Y_lm, times how far the voxel belongs there.
+    """
+
+    bandwidth: int
+    n_shells: int
+    order: Array
+    tables: tuple[tuple[int, int, Array, Array], ...]
+
+    def coefficients(self, values: Array) -> Array:
+        """P_lm(r), (S, P, n) complex64, of n functions (M', n) complex64 at the voxels `order`."""
+        xp = namespace(values)
+        pairs = _pairs(self.bandwidth)
+        n_even, n_odd, n = pairs.n_even, len(pairs.m) - pairs.n_even, values.shape[1]
+        out = xp.zeros((self.n_shells + 1, 2, len(pairs.m), n), np.float32)
+        for s, (start, stop, even, odd) in enumerate(self.tables):
+            for rows, table, part in (
+                (slice(0, n_even), even, values[start:stop].real),
+                (slice(n_even, n_even + n_odd), odd, values[start:stop].imag),
+            ):
+                sums = (table @ xp.ascontiguousarray(part)).reshape(2, 2, -1, n)
+                out[s, :, rows] += sums[0]
+                out[s + 1, :, rows] += sums[1]
+        out = out[: self.n_shells]
+        return 2 * (out[:, 0] + 1j * out[:, 1])
+
+
+@lru_cache(maxsize=1)  # as in `harmonics`
+def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) -> PhaseHarmonics:
+    coords = make_support(box, r_max).coords
+    radius = np.sqrt((coords.astype(np.float64) ** 2).sum(axis=1))
+    inside = np.nonzero(radius <= r)[0]
+    order = inside[np.argsort(radius[inside], kind="stable")]
+    position = (radius[order] - 1) * PER_VOXEL
+    lower = np.floor(position).astype(np.int64)
+    n_shells = PER_VOXEL * (r - 1) + 1
+    pairs, bins = _pairs(bandwidth), np.searchsorted(lower, np.arange(n_shells + 1))
+    tables = []
+    for s in range(n_shells):
+        start, stop = int(bins[s]), int(bins[s + 1])
+        directions = np.ascontiguousarray(coords[order[start:stop]], np.float64)
+        table = ops.harmonics(directions, bandwidth, even=False)[:, :, pairs.m, pairs.l]  # (voxels, 2, P)
+        upper = (position[start:stop] - s).astype(np.float32)[:, None, None, None]
+        both = np.concatenate([(1 - upper) * table[:, None], upper * table[:, None]], axis=1)
+        rows = (both[..., : pairs.n_even], both[..., pairs.n_even :])
+        even, odd = (np.ascontiguousarray(part.reshape(stop - start, -1).T) for part in rows)
+        tables.append((start, stop, to_device(even, device), to_device(odd, device)))
+    return PhaseHarmonics(bandwidth, n_shells, to_device(order, device), tuple(tables))
+
+
+@lru_cache(maxsize=4)
+def _d_table(bandwidth: int, device: str) -> Array:
+    """d^l_mm'(beta_j), (2L, L + 1, 2L, L) float32, axes [m' in FFT order, m, j, l]; the Nyquist lines are 0."""
+    narrow = to_host(small_d_table(bandwidth, 2 * bandwidth, even=False, device="cpu")).transpose(1, 0, 2, 3)
+    table = np.zeros((2 * bandwidth, bandwidth + 1, 2 * bandwidth, bandwidth), np.float32)
+    table[:bandwidth, :bandwidth] = narrow[bandwidth - 1 :]
+    table[bandwidth + 1 :, :bandwidth] = narrow[: bandwidth - 1]
+    return to_device(table, device)
+
+
+def forget_joint_tables() -> None:
+    """Let go of the tables kept for later calls, where memory is short."""
+    for cached in (_phase_harmonics, _d_table, _interpolation):
+        cached.cache_clear()
+
+
+def make_joint_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> JointReference:
+    """Harmonic coefficients of A and |A|^2 on shells half a Fourier voxel apart, up to the coarse band."""
+    xp = namespace(grid)
+    r, bandwidth = min(r_max, COARSE_R), min(bandwidth, COARSE_L)
+    sphere = sphere_grid(bandwidth, even=False, device=device_of(grid))
+    n_shells = PER_VOXEL * (r - 1) + 1
+    radii = 1 + xp.arange(n_shells, dtype=np.float64) / PER_VOXEL
+    points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
+    values = ops.rotate(grid, xp.eye(3)[None], points, padding)[0].reshape(n_shells, -1)
+    even = (xp.arange(bandwidth) % 2 == 0)[None, None, :]
+
+    def all_m(coefficients: Array) -> Array:
+        """conj q_lm' as (P, 2L, S), by c_l,-m = (-1)^m conj c_lm."""
+        out = xp.zeros((bandwidth, 2 * bandwidth, n_shells), np.complex64)  # [l, m', s]
+        conjugate = coefficients.transpose(2, 1, 0).conj()
+        out[:, :bandwidth] = conjugate
+        sign = (1 - 2 * (xp.arange(bandwidth - 1, 0, -1) % 2)).astype(np.float32)[:, None]
+        out[:, bandwidth + 1 :] = sign * conjugate[:, :0:-1].conj()
+        return xp.ascontiguousarray(out[xp.asarray(_pairs(bandwidth).l)])
+
+    phases = xp.where(even, sphere.coefficients(values.real), sphere.coefficients(values.imag))
+    powers = xp.where(even, sphere.coefficients(abs(values) ** 2), 0)
+    empty = xp.zeros(0, np.complex64)
+    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r)
+
+
+def quadrature(bandwidth: int) -> NDArray[np.float64]:
+    """Weights (2L,) of the rows beta_j of the Euler grid, for the invariant measure; 4 L^2 times their sum is 1.
+
+    Fejer's first rule: exact for polynomials in cos(beta) up to degree 2L - 1, so with the sums over alpha and gamma
+    for all D^l_mm' with l < 2L.
+    """
+    n = 2 * bandwidth
+    beta, _ = grid_angles(bandwidth)
+    k = np.arange(1, bandwidth + 1)
+    weights = (1 - 2 * (np.cos(2 * k * beta[:, None]) / (4 * k**2 - 1)).sum(axis=1)) / n
+    return np.asarray(weights / n**2)
+
+
+def shift_grid(radius: float, spacing: float) -> NDArray[np.float64]:
+    """Shifts (T, 3) on a cubic lattice about 0 within `radius`, voxels."""
+    reach = int(np.floor(radius / spacing))
+    line = spacing * np.arange(-reach, reach + 1)
+    points = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1).reshape(-1, 3)
+    return np.asarray(points[(points**2).sum(axis=1) <= radius**2])
+
+
+def log_marginal(
+    observation: Observation, reference: JointReference, precision: Array, shifts: NDArray[np.float64], zeta: float
+) -> Array:
+    """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid.
+
+    c0 = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA], c1^2 = sum w^2 / sigma^2 |RA|^2, both over the voxels
+    |xi| <= `reference.coarse_r`, by harmonics: they select, the voxels decide. Shifts stream by a few at a time; what
+    is 87 nats below the best of a particle is not told apart.
+
+    Parameters
+    ----------
+    observation, reference
+    precision : (M,) float32
+        1 / sigma^2 of each voxel's shell.
+    shifts : (T, 3) float64, voxels
+    zeta : float, voxels
+
+    Returns
+    -------
+    (2L, 2L, 2L, B) float32
+        Axes [gamma, alpha, beta, particle] at `so3.grid_angles(L)`.
+    """
+    xp = namespace(observation.spectra)
+    support, l_max = observation.support, reference.bandwidth
+    device, n = device_of(observation.spectra), 2 * reference.bandwidth
+    harmonics = _phase_harmonics(support.box, support.r_max, reference.coarse_r, l_max, device)
+    squared = (observation.weights**2 * precision)[:, harmonics.order]
+    base = -0.5 * _place(harmonics.coefficients(squared.T.astype(np.complex64)), reference.powers, l_max)
+    weighted = (squared[observation.weight_index] * observation.spectra[:, harmonics.order]).T  # (M', B)
+    coords = support.coords[harmonics.order].astype(np.float64)
+    b = weighted.shape[1]
+    out = xp.empty((n, n, n, b), np.float32)
+    # Per function: its values, coefficients, T, d T and the correlation. Few at a time stay in a CPU's caches.
+    at_once = max(1, working_bytes(weighted) // (32 * (8 * len(coords) + 24 * n**3)))
+    for first in range(0, b, at_once):
+        part = weighted[:, first : first + at_once]
+        width = part.shape[1]
+        constant = base[..., observation.weight_index[first : first + at_once]][..., None, :]
+        total, highest = xp.zeros((n, n, n, width), np.float32), xp.full(width, -np.inf, np.float32)
+        taken = max(1, at_once // width)
+        for t in range(0, len(shifts), taken):
+            some = xp.asarray(shifts[t : t + taken])
+            phase = xp.exp((2j * np.pi / support.box) * (coords @ some.T)).astype(np.complex64)
+            functions = (phase[:, :, None] * part[:, None, :]).reshape(len(coords), -1)
+            terms = _place(harmonics.coefficients(functions), reference.phases, l_max)
+            terms = terms.reshape(*terms.shape[:3], len(some), width) + constant
+            # A constant is the term l = 0.
+            terms[0, 0, 0] -= ((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32)[:, None]
+            scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max).reshape(n, n, n, len(some), width)
+            top = xp.maximum(highest, scores.max(axis=(0, 1, 2, 3)))
+            total *= xp.exp(highest - top)
+            scores -= top
+            total += xp.exp(scores, out=scores).sum(axis=3)
+            highest = top
+        out[..., first : first + at_once] = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + highest
+    return out
+
+
+def _place(p: Array, q: Array, bandwidth: int) -> Array:
+    """T^l_mm' = sum_r P_lm conj Q_lm' of (S, P, n) and (P, 2L, S): (2L, L + 1, L, n) complex64, axes [m', m, l]."""
+    xp = namespace(p)
+    pairs = _pairs(bandwidth)
+    t = q @ xp.ascontiguousarray(p.transpose(1, 0, 2))
+    out = xp.zeros((2 * bandwidth, bandwidth + 1, bandwidth, p.shape[2]), np.complex64)
+    out[:, xp.asarray(pairs.m), xp.asarray(pairs.l)] = t.transpose(1, 0, 2)
+    return out
+
+
+def _synthesis(t: Array, bandwidth: int) -> Array:
+    """sum_lmm' T^l_mm' d^l_mm'(beta) exp(i m alpha) exp(i m' gamma): (2L, 2L, 2L, n) float32 [gamma, alpha, beta]."""
+    # d is real: the complex T goes through one real GEMM with (function, Re/Im) as columns.
+    spectrum = (_d_table(bandwidth, device_of(t)) @ t.view(np.float32)).view(np.complex64)
+    n = 2 * bandwidth
+    return fft_module(t).irfft2(spectrum, s=(n, n), axes=(0, 1), norm="forward", overwrite_x=True)
+
+
+def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:
+    """Centres (..., 3, 3) of cells of SO(3) that all have the same volume at a level, 1 / (72 * 8^level).
+
+    Directions (alpha, beta) are pixels of the HEALPix sphere (Gorski et al. 2005, nested order), 12 * 4^level of equal
+    area; gamma has 6 * 2^level steps.
+    """
+    xp = namespace(pixel)
+    side = 2.0**level
+    face = pixel >> (2 * level)
+    inside = pixel - (face << (2 * level))
+    x, y = xp.zeros_like(pixel), xp.zeros_like(pixel)
+    for bit in range(16):
+        x += ((inside >> (2 * bit)) & 1) << bit
+        y += ((inside >> (2 * bit + 1)) & 1) << bit
+    u, v = (x + 0.5) / side, (y + 0.5) / side
+    row = face // 4
+    ring = 2.0 + row - u - v  # 0 at the north pole, 4 at the south pole
+    polar = xp.where(ring < 1, ring, xp.where(ring > 3, 4 - ring, 1.0))
+    cap = 1 - polar**2 / 3
+    cosine = xp.where(ring < 1, cap, xp.where(ring > 3, -cap, (2 - ring) * 2 / 3))
+    longitude = 2 * (face % 4) + xp.where(row == 1, 0, 1)
+    aside = np.pi / 4 * (u - v) / polar
+    alpha = np.pi / 4 * longitude + aside
+    # Carried along in parallel: near a pole neighbours differ much in alpha, and gamma has to make up for it. The
+    # volume stays, cells stay compact.
+    gamma = 2 * np.pi * (turn + 0.5) / (6 * side) - aside * cosine
+    sine = xp.sqrt(1 - cosine**2)
+    ca, sa, cc, sc = xp.cos(alpha), xp.sin(alpha), xp.cos(gamma), xp.sin(gamma)
+    flat = [
+        ca * cosine * cc - sa * sc, -ca * cosine * sc - sa * cc, ca * sine,
+        sa * cosine * cc + ca * sc, -sa * cosine * sc + ca * cc, sa * sine,
+        -sine * cc, sine * sc, cosine,
+    ]  # fmt: skip
+    return xp.stack(flat, axis=-1).reshape(*pixel.shape, 3, 3)
+
+
+def cell_children(level: Array, pixel: Array, turn: Array) -> tuple[Array, Array, Array]:
+    """The eight cells (..., 8) of the next level that make up a cell."""
+    xp = namespace(pixel)
+    k = xp.arange(8)
+    return (level + 1)[..., None] + 0 * k, 4 * pixel[..., None] + k // 2, 2 * turn[..., None] + k % 2
+
+
+@lru_cache(maxsize=2)
+def _interpolation(bandwidth: int, level: int, device: str) -> tuple[Array, Array, Array, Array]:
+    """All cells of a level (pixel, turn), and for the Euler grid's values there 8 places and weights (cells, 8)."""
+    n, side = 2 * bandwidth, 2**level
+    pixel = np.repeat(np.arange(12 * side * side), 6 * side)
+    turn = np.tile(np.arange(6 * side), 12 * side * side)
+    r = cell_rotations(np.full(len(pixel), level), pixel, turn)
+    beta = np.arccos(np.clip(r[:, 2, 2], -1, 1))
+    alpha, gamma = np.arctan2(r[:, 1, 2], r[:, 0, 2]), np.arctan2(r[:, 2, 1], -r[:, 2, 0])
+    where = [gamma * n / (2 * np.pi), alpha * n / (2 * np.pi), beta * n / np.pi - 0.5]
+    low = [np.floor(w).astype(np.int64) for w in where]
+    places, weights = [], []
+    for corner in range(8):
+        bits = [corner >> axis & 1 for axis in range(3)]
+        g, a, j = (i + bit for i, bit in zip(low, bits, strict=True))
+        fractions = [w - i for w, i in zip(where, low, strict=True)]
+        weight = np.prod([f if bit else 1 - f for f, bit in zip(fractions, bits, strict=True)], axis=0)
+        # Across a pole the neighbour of (alpha, beta, gamma) is (alpha + pi, -beta, gamma + pi).
+        beyond = (j < 0) | (j >= n)
+        j = np.where(j < 0, -1 - j, np.where(j >= n, 2 * n - 1 - j, j))
+        g, a = (g + bandwidth * beyond) % n, (a + bandwidth * beyond) % n
+        places.append((g * n + a) * n + j)
+        weights.append(weight)
+    found = pixel, turn, np.stack(places, axis=1), np.stack(weights, axis=1).astype(np.float32)
+    return tuple(to_device(x, device) for x in found)
+
+
+@dataclass
+class _Cells:
+    """Cells of rotations that were scored, (B, n) each, -inf in `mass` where there is none.
+
+    level, pixel, turn: which; mass: log of the integral of exp(log-posterior) over the cell and the shifts.
+    shift (B, n, k, 3), value (B, n, k): the best shifts of each and the log-posterior there; spacing (B, n): of the
+    lattice they are from; spread (B, n): effective number of its points; power (B, n): c1^2.
+    """
+
+    level: Array
+    pixel: Array
+    turn: Array
+    mass: Array
+    shift: Array
+    value: Array
+    spacing: Array
+    spread: Array
+    power: Array
+
+    def joined(self, other: _Cells) -> _Cells:
+        xp = namespace(self.mass)
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Cells(*(xp.concatenate(pair, axis=1) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Log-posteriors from the voxels, for rotations at all shifts of a lattice."""
+
+    observation: Observation
+    reference: JointReference
+    weight: Array  # (W, M): w^2 / sigma^2
+    radius: float  # of the shifts
+    zeta: float
+    fine: float  # spacing of the lattice that covers all shifts
+    n_shifts: int  # best shifts kept of each rotation
+
+    def _window(self, spacing: float, reach: int) -> ShiftWindow:
+        support = self.observation.support
+        line = spacing * np.arange(-reach, reach + 1)
+        matrix = np.exp(2j * np.pi / support.box * line[:, None] * np.arange(-support.r_max, support.r_max + 1))
+        bare = shift_window(support, 0)
+        return replace(bare, matrix=to_device(matrix.astype(np.complex64), device_of(support.coords)))
+
+    def score(self, particle: Array, rotations: Array, centre: Array, spacing: float, reach: int) -> tuple[Array, ...]:
+        """For a list of n rotations the log of the integral over the shifts, best shifts, values there, spread, c1^2.
+
+        particle (n,), rotations (n, 3, 3), centre (n, 3) of the lattice of (2 reach + 1)^3 points.
+        """
+        xp = namespace(particle)
+        o, window = self.observation, self._window(spacing, reach)
+        n, t = len(particle), 2 * reach + 1
+        line = spacing * xp.arange(-reach, reach + 1)
+        mass, spread, powers = xp.empty(n), xp.empty(n), xp.empty(n)
+        shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
+        crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
+        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 3 * t**3 + 3 * len(o.support))))
+        for first in range(0, n, at_once):
+            part = slice(first, first + at_once)
+            rotated = ops.rotate(self.reference.grid, rotations[part], o.support.coords, self.reference.padding)
+            weight = self.weight[o.weight_index[particle[part]]]
+            power = 2 * (weight * (rotated.real**2 + rotated.imag**2)).sum(axis=1, dtype=np.float64)
+            cross = weight * o.spectra[particle[part]] * rotated.conj()
+            cross *= _shift_phases(o.support, centre[part])
+            place = line[:, None, None] + centre[part].T  # (t, 3, n)
+            squared = place**2
+            squared = squared[:, None, None, 0] + squared[None, :, None, 1] + squared[None, None, :, 2]
+            log_p = window.correlate(cross) - (squared / (2 * self.zeta**2)).astype(np.float32)
+            log_p = xp.where(squared <= self.radius**2, log_p, -np.inf).reshape(t**3, -1)
+            top = log_p.max(axis=0)
+            e = xp.exp(log_p - top)
+            total = e.sum(axis=0, dtype=np.float64)
+            mass[part] = top + xp.log(total) + 3 * np.log(spacing) - 0.5 * power
+            powers[part] = power
+            spread[part] = total**2 / (e * e).sum(axis=0, dtype=np.float64)
+            column = xp.arange(log_p.shape[1])
+            for k in range(self.n_shifts):
+                best = log_p.argmax(axis=0)
+                index = xp.stack([best // (t * t), best // t % t, best % t], axis=1)
+                shift[part, k] = line[index] + centre[part]
+                value[part, k] = log_p[best, column] - 0.5 * power
+                log_p[best, column] = -np.inf
+        return mass, shift, value, spread, powers
+
+
+def _shift_phases(support: Support, shifts: Array) -> Array:
+    """exp(2 pi i xi.t / N) on the support, (n, M) complex64, for shifts (n, 3)."""
+    xp = namespace(shifts)
+    if not bool((shifts != 0).any()):
+        return np.complex64(1)
+    k = xp.arange(-support.r_max, support.r_max + 1)
+    table = xp.exp((2j * np.pi / support.box) * shifts[:, :, None] * k).astype(np.complex64)
+    x, y, z = (table[:, axis, support.coords[:, axis] + support.r_max] for axis in range(3))
+    return x * y * z
+
+
+def integrate(
+    observation: Observation,
+    reference: JointReference,
+    precision: Array,
+    *,
+    max_shift: float,
+    zeta: float,
+    n_candidates: int,
+    n_shifts: int = 1,
+    rounds: int = ROUNDS,
+) -> tuple[Candidates, Array]:
+    """The posterior over rotations and shifts as weighted poses.
+
+    Parameters
+    ----------
+    observation : Observation
+        B particles.
+    reference : JointReference
+    precision : (M,) float32
+        1 / sigma^2 of each voxel's shell.
+    max_shift : float, voxels
+    zeta : float, voxels
+        Of the prior of the shifts.
+    n_candidates : int
+        At most so many per particle; as many as hold 99 % of the mass, if that is fewer.
+    n_shifts : int
+        At most so many of them with the same rotation.
+    rounds : int
+        How often cells are split.
+
+    Returns
+    -------
+    candidates : Candidates
+        Most massive first.
+    log_volumes : (B, n) float64
+        Log of what each stands for, in units of SO(3) times cubic voxels. The mass of what was left out (of the
+        shifts to the best of the same rotation, of rotations to all) is in them: sum v exp(log-posterior) is the
+        integral.
+    """
+    xp = namespace(observation.spectra)
+    support, device = observation.support, device_of(observation.spectra)
+    b = len(observation.spectra)
+    radius = min(max_shift, REACH * zeta)
+    coarse = support.box / (COARSE_STEP * reference.coarse_r)
+    with step("joint: all rotations"):
+        marginal = log_marginal(observation, reference, precision, shift_grid(radius, coarse), zeta)
+    with step("joint: cells"):
+        level = _first_level(reference.bandwidth)
+        pixel, turn, places, weights = _interpolation(reference.bandwidth, level, device)
+        flat = marginal.reshape(-1, b)
+        coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
+        n_first = min(SELECTED, coarse_mass.shape[1])
+        chosen = xp.argpartition(-coarse_mass, n_first - 1, axis=1)[:, :n_first]
+        of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
+        # How much of the mass these cells hold, as far as harmonics tell.
+        log_share = _logsumexp(of_chosen) - _logsumexp(coarse_mass)
+        fine = support.box / (FINE_STEP * support.r_max)
+        scorer = _Scorer(observation, reference, observation.weights**2 * precision, radius, zeta, fine, n_shifts)
+        worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
+        cells = _score_cells(
+            scorer,
+            (xp.full(chosen.shape, level), pixel[chosen], turn[chosen]),
+            worth,
+            xp.zeros((*chosen.shape, 3)),
+            xp.full(chosen.shape, fine),
+        )
+    with step("joint: refine"):
+        for i in range(rounds):
+            divided = _divide(cells, i)
+            if not bool(divided[1].any()):
+                break
+            parents, worth = divided
+            # Shifts on a lattice too coarse for their posterior: half its spacing, about the best.
+            best = cells.mass.argmax(axis=1)[:, None]
+            narrow = xp.take_along_axis(cells.spread, best, axis=1) < 6
+            spacing = xp.take_along_axis(cells.spacing, best, axis=1) * xp.where(narrow, 0.5, 1.0)
+            kin = cell_children(
+                *(xp.take_along_axis(x, parents, axis=1) for x in (cells.level, cells.pixel, cells.turn))
+            )
+            kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
+            centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
+            centre = xp.where(spacing[..., None] < fine, centre, 0)
+            centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
+            kin = tuple(x.reshape(b, -1) for x in kin)
+            children = _score_cells(scorer, kin, kin_worth, centre, xp.broadcast_to(spacing, kin_worth.shape))
+            rows = xp.arange(b)[:, None]
+            cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
+            cells = cells.joined(children)
+    return _candidates(observation, scorer, cells, log_share, n_candidates)
+
+
+def _first_level(bandwidth: int) -> int:
+    """Level whose cells, 60 / 2^level degrees wide, are finer than half a wave of the highest degree, 180 / L."""
+    return max(1, int(np.ceil(np.log2(bandwidth / 2))))
+
+
+def _tolerance(gain: Array, i: int) -> Array:
+    """Nats by which a cell may be behind the best and still hold the maximum: it is off by part of the gain.
+
+    Within a cell the correlation falls with the square of its width, so each round needs a quarter of it.
+    """
+    xp = namespace(gain)
+    return 6 + 0.3 * xp.maximum(gain, 0) / 4**i
+
+
+def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
+    """The cells to be split in round i, (B, SPLIT) indices and which of them count."""
+    xp = namespace(cells.mass)
+    n = min(SPLIT, cells.mass.shape[1])
+    parents = xp.argsort(-cells.mass, axis=1)[:, :n]
+    mass = xp.take_along_axis(cells.mass, parents, axis=1)
+    gain = xp.take_along_axis(cells.value[:, :, 0], parents, axis=1)[:, :1]
+    worth = mass > mass[:, :1] - _tolerance(gain, i + 1)
+    share = cells.mass - _logsumexp(cells.mass)[:, None]
+    return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
+
+
+def _score_cells(scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre: Array, spacing: Array) -> _Cells:
+    """Cells (B, n), those that are `worth` it scored: at all shifts, or at finer ones about `centre`."""
+    level, pixel, turn = which
+    xp = namespace(pixel)
+    b, n = pixel.shape
+    mass, spread, power = xp.full(b * n, -np.inf), xp.ones(b * n), xp.ones(b * n)
+    k = scorer.n_shifts
+    shift, value = xp.zeros((b * n, k, 3)), xp.full((b * n, k), -np.inf)
+    # One list over all particles: few cells of many particles cost no more. Lattices of one spacing go together.
+    host_worth, host_spacing = to_host(worth), to_host(spacing)
+    for width in np.unique(host_spacing[host_worth]):
+        particle, cell = np.nonzero(host_worth & (host_spacing == width))
+        entry = xp.asarray(particle * n + cell)
+        rotations = cell_rotations(*(x.reshape(-1)[entry] for x in which))
+        where = centre.reshape(-1, 3)[entry]
+        reach = int(np.ceil(scorer.radius / scorer.fine))
+        if width < scorer.fine:
+            reach = min(reach, LOCAL_REACH)
+        found = scorer.score(xp.asarray(particle), rotations, where, float(width), reach)
+        mass[entry], shift[entry], value[entry], spread[entry], power[entry] = found
+    mass = mass - np.log(72.0) - level.reshape(-1) * np.log(8.0)
+    return _Cells(
+        level, pixel, turn, mass.reshape(b, n), shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing,
+        spread.reshape(b, n), power.reshape(b, n),
+    )  # fmt: skip
+
+
+def _candidates(
+    observation: Observation, scorer: _Scorer, cells: _Cells, log_share: Array, n_candidates: int
+) -> tuple[Candidates, Array]:
+    """The most massive (rotation, shift) points and the log-volumes that give them all the mass."""
+    xp = namespace(cells.mass)
+    b, n = cells.mass.shape
+    volume = 3 * xp.log(cells.spacing) - np.log(72.0) - cells.level * np.log(8.0)
+    alive = xp.isfinite(cells.mass)[..., None]
+    point = xp.where(alive, cells.value + volume[..., None], -np.inf).reshape(b, -1)
+    total = _logsumexp(cells.mass)
+    # A point counts for its part of the cell, all shifts that were looked at included.
+    of_cell = xp.where(alive[..., 0], _logsumexp(xp.where(alive, cells.value + volume[..., None], 0)), 0)
+    worth = (point.reshape(b, n, -1) + xp.where(alive, cells.mass[..., None], 0) - of_cell[..., None]).reshape(b, -1)
+    order = xp.argsort(-worth, axis=1)[:, : min(n_candidates, point.shape[1])]
+    mass = xp.take_along_axis(point, order, axis=1)
+    share = xp.exp(xp.take_along_axis(worth, order, axis=1) - total[:, None])
+    before = xp.cumsum(share, axis=1) - share
+    kept = (before < MASS) & xp.isfinite(mass)
+    count = kept.sum(axis=1)
+    cell = order // scorer.n_shifts
+    # All the mass of a cell goes to those of its shifts that are kept, that of cells without any to all.
+    rows = xp.arange(b)[:, None]
+    whole = xp.where(kept, xp.take_along_axis(cells.mass, cell, axis=1), 0)
+    held = xp.exp(xp.where(kept, mass - whole, -np.inf))
+    sums = xp.bincount((rows * n + cell).ravel(), held.ravel(), minlength=b * n).reshape(b, n)
+    folded = -xp.log(xp.where(kept, xp.take_along_axis(sums, cell, axis=1), 1))
+    new_mass = xp.where(kept, mass + folded, -np.inf)
+    missing = total - _logsumexp(new_mass) - log_share
+    log_volumes = xp.take_along_axis(volume, cell, axis=1) + folded + missing[:, None]
+    log_volumes = xp.where(kept, log_volumes, -np.inf)
+    rotations = cell_rotations(*(xp.take_along_axis(x, cell, axis=1) for x in (cells.level, cells.pixel, cells.turn)))
+    shifts = cells.shift.reshape(b, -1, 3)[rows, order]
+    value = cells.value.reshape(b, -1)[rows, order]
+    gain = value + (shifts**2).sum(axis=-1) / (2 * scorer.zeta**2)
+    gain = xp.where(kept, gain, -np.inf)
+    power = xp.take_along_axis(cells.power, cell, axis=1)
+    own = 2 * (scorer.weight[observation.weight_index] * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
+    scale = xp.sqrt(xp.maximum(power * own[:, None], np.finfo(np.float64).tiny))
+    correlation = xp.where(kept, (gain + 0.5 * power) / scale, 0)
+    # As wide for every class, however many cells there were.
+    wide = max(0, n_candidates - order.shape[1])
+
+    def padded(x: Array, value: float) -> Array:
+        return xp.pad(x, [(0, 0), (0, wide)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+    candidates = Candidates(
+        padded(rotations, 0.0), padded(shifts, 0.0), padded(correlation, 0.0), count, padded(gain, -np.inf)
+    )
+    return candidates, padded(log_volumes, -np.inf)
+
+
+def _logsumexp(x: Array) -> Array:
+    """Over the last axis, float64; rows must hold something finite."""
+    xp = namespace(x)
+    top = x.max(axis=-1)
+    return top + xp.log(xp.exp(x - top[..., None]).sum(axis=-1, dtype=np.float64))

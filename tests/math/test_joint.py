@@ -1,0 +1,296 @@
+"""Sampler `joint`: against sums over voxels and every pose tried, and the grids' own laws."""
+
+import numpy as np
+import pytest
+from scipy.linalg import expm
+from scipy.special import logsumexp
+
+from faml_gpu import fourier
+from faml_gpu.array_backend import to_host
+from faml_gpu.expectation import expectation
+from faml_gpu.fast_alignment import Observation, joint
+from faml_gpu.fast_alignment.so3 import grid_angles
+from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
+
+BOX, R_MAX, L = 20, 5, 12
+ZETA, MAX_SHIFT = 1.0, 2.0
+
+
+class Case:
+    """Two structures of blobs in a box of 20, seen through two weights; noise makes posteriors spread over poses."""
+
+    def __init__(self, oracles, gain, seed=5):
+        self.oracles, self.rng = oracles, np.random.default_rng(seed)
+        self.structures = [oracles.blobs(self.rng, 6, 6.0, 1.0) for _ in range(2)]
+        self.support = fourier.make_support(BOX, R_MAX)
+        volumes = [oracles.blob_volume(BOX, *s).astype(np.float32) for s in self.structures]
+        self.grids = fourier.interpolation_grid(np.stack(volumes), R_MAX, 3)
+        self.references = [joint.make_joint_reference(g, 3, R_MAX, L) for g in self.grids]
+        cubes = [oracles.wedge_cube(BOX, [0, 0, 1], 0.6), 0.7 * oracles.wedge_cube(BOX, [1, 0, 0.2], 0.4)]
+        self.weights = self.support.gather(np.stack([oracles.half_of_cube(c) for c in cubes])).astype(np.float32)
+        self.index = np.array([0, 1, 0])
+        self.rotations = random_rotations(3, self.rng)
+        self.shifts = self.rng.uniform(-1, 1, (3, 3))
+        clean = np.stack([self.model(0, r, t) for r, t in zip(self.rotations, self.shifts, strict=True)])
+        # The best pose is about `gain` nats better than none.
+        sigma2 = (self.weights[0] ** 2 * abs(clean[0]) ** 2).sum() / gain
+        self.sigma2 = np.full(R_MAX + 1, sigma2) * (1 + np.arange(R_MAX + 1) / 10)
+        self.precision = (1 / self.sigma2[self.support.shell]).astype(np.float32)
+        normal = self.rng.standard_normal((2, *clean.shape))
+        noise = np.sqrt(self.sigma2[self.support.shell] / 2) * (normal[0] + 1j * normal[1])
+        self.clean = clean
+        self.observation = self.observe(clean + noise)
+
+    def observe(self, spectra):
+        return Observation(self.support, spectra.astype(np.complex64), self.weights, self.index, ("a", "b"))
+
+    def model(self, k, rotation, shift):
+        points = self.support.coords
+        turned = self.oracles.blob_transform(BOX, points @ rotation, *self.structures[k])
+        return turned * self.oracles.phase(points, shift, BOX)
+
+    def log_posterior(self, particle, k, rotations, shifts):
+        """c0 - c1^2 / 2 - |t|^2 / (2 zeta^2), (rotations, shifts), over both voxels of each pair."""
+        weight = 2 * self.weights[self.index[particle]] ** 2 * self.precision.astype(float)
+        turned = np.stack([self.model(k, r, np.zeros(3)) for r in rotations])
+        phases = np.stack([self.oracles.phase(self.support.coords, t, BOX) for t in shifts])
+        cross = (weight * self.observation.spectra[particle] * turned.conj()) @ phases.conj().T
+        prior = (np.asarray(shifts) ** 2).sum(axis=1) / (2 * ZETA**2)
+        return cross.real - 0.5 * (weight * abs(turned) ** 2).sum(axis=1)[:, None] - prior
+
+    def integrate(self, k=0, n=400, **options):
+        options = {"max_shift": MAX_SHIFT, "zeta": ZETA, "n_candidates": n} | options
+        return joint.integrate(self.observation, self.references[k], self.precision, **options)
+
+
+@pytest.fixture(scope="module")
+def case(oracles):
+    return Case(oracles, 12.0)
+
+
+def grid_rotations():
+    """The Euler grid [gamma, alpha, beta] as matrices."""
+    beta, angle = grid_angles(L)
+    g, a, b = np.meshgrid(angle, angle, beta, indexing="ij")
+    return euler_to_matrix(np.stack([a, b, g], axis=-1))
+
+
+def test_marginal_is_the_voxel_sum_at_every_rotation_and_shift(case):
+    shifts = joint.shift_grid(MAX_SHIFT, 1.0)
+    assert len(shifts) == 33
+    found = joint.log_marginal(case.observation, case.references[0], case.precision, shifts, ZETA)
+    assert found.shape == (2 * L, 2 * L, 2 * L, 3)
+    rotations = grid_rotations()
+    some = np.random.default_rng(0).integers(0, 2 * L, (300, 3))
+    for b in range(3):
+        values = case.log_posterior(b, 0, rotations[tuple(some.T)], shifts)
+        expected = logsumexp(values, axis=1)
+        error = found[..., b][tuple(some.T)] - expected
+        # Linear in r between shells half a voxel apart, degrees below 12 where the rule asks for 15.
+        assert np.sqrt((error**2).mean()) < 0.15 * expected.std()
+        assert np.corrcoef(found[..., b][tuple(some.T)], expected)[0, 1] > 0.99
+        assert expected.std() > 1
+
+
+def test_one_shift_is_one_correlation(case):
+    """No sum over shifts: the log-posterior itself, at a shift that is not on any lattice."""
+    shift = np.array([[0.7, -1.3, 0.4]])
+    found = joint.log_marginal(case.observation, case.references[1], case.precision, shift, ZETA)[..., 1]
+    some = np.random.default_rng(1).integers(0, 2 * L, (300, 3))
+    expected = case.log_posterior(1, 1, grid_rotations()[tuple(some.T)], shift)[:, 0]
+    error = found[tuple(some.T)] - expected
+    assert error.std() < 0.06 * expected.std()
+    assert np.corrcoef(found[tuple(some.T)], expected)[0, 1] > 0.995
+
+
+def test_hermitian_half_is_the_complex_sum(case):
+    """P_lm of the real and imaginary parts over half the voxels against sum f conj Y_lm over all of them."""
+    from scipy.special import sph_harm_y
+
+    harmonics = joint._phase_harmonics(BOX, R_MAX, R_MAX, 6, "cpu")
+    order, pairs = harmonics.order, joint._pairs(6)
+    spectra = case.observation.spectra[:, order].T
+    found = harmonics.coefficients(np.ascontiguousarray(spectra))
+    coords = case.support.coords[order]
+    points = np.concatenate([coords, -coords]).astype(float)
+    values = np.concatenate([spectra, spectra.conj()])
+    radius = np.linalg.norm(points, axis=1)
+    theta, phi = np.arccos(points[:, 2] / radius), np.arctan2(points[:, 1], points[:, 0])
+    shells = 1 + np.arange(2 * R_MAX - 1) / 2
+    for p, (m, l) in enumerate(zip(pairs.m, pairs.l, strict=True)):
+        hat = np.maximum(0, 1 - 2 * abs(radius - shells[:, None]))
+        expected = (hat * sph_harm_y(l, m, theta, phi).conj()) @ values
+        np.testing.assert_allclose(found[:, p] * (1 if l % 2 == 0 else 1j), expected, atol=1e-4 * abs(values).max())
+
+
+def test_quadrature_integrates_wigner_functions():
+    bandwidth = 6
+    beta, angle = grid_angles(bandwidth)
+    weights = joint.quadrature(bandwidth)
+    np.testing.assert_allclose(weights.sum() * (2 * bandwidth) ** 2, 1, rtol=1e-13)
+    assert (weights > 0).all()
+    for l in range(2 * bandwidth):
+        m = np.arange(-l, l + 1)
+        j_plus = np.diag(np.sqrt((l - m[:-1]) * (l + m[:-1] + 1.0)), -1)
+        small = np.stack([expm(-1j * b * (j_plus - j_plus.T) / 2j) for b in beta])
+        phases = np.exp(-1j * angle[:, None] * m).sum(axis=0)  # over alpha, and likewise gamma
+        integral = phases[:, None] * np.tensordot(weights, small, axes=1) * phases
+        np.testing.assert_allclose(integral, np.eye(1) if l == 0 else 0, atol=1e-11)
+
+
+def test_cells_are_equal_and_made_of_their_children(rng):
+    level, pixel, turn = (np.full(12 * 16 * 24, 2), np.repeat(np.arange(192), 24), np.tile(np.arange(24), 192))
+    rotations = joint.cell_rotations(level, pixel, turn)
+    np.testing.assert_allclose(rotations @ rotations.transpose(0, 2, 1), np.eye(3) + 0 * rotations, atol=1e-12)
+    np.testing.assert_allclose(np.linalg.det(rotations), 1)
+    # Equal areas: the mean of the moments of the directions is that of the sphere.
+    z = rotations[:, :, 2]
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose((z[:, :, None] * z[:, None]).mean(axis=0), np.eye(3) / 3, atol=2e-3)
+    # Every rotation has a centre near, and about as many rotations have each cell for their nearest.
+    nearest = (random_rotations(20000, rng).reshape(-1, 9) @ rotations.reshape(-1, 9).T).argmax(axis=1)
+    counts = np.bincount(nearest, minlength=len(pixel))
+    assert counts.min() > 0 or (counts == 0).mean() < 0.03
+    assert counts.max() < 20
+    children = joint.cell_children(level, pixel, turn)
+    fine = joint.cell_rotations(*children)
+    angles = rotation_angle(fine, rotations[:, None])
+    assert angles.max() < 15
+    assert angles.min() > 3
+    keys = children[1] * 1000 + children[2]
+    assert len(np.unique(keys)) == 8 * len(pixel) == 12 * 64 * 48
+    # The mean direction of the children lies within the parent.
+    mean = fine.mean(axis=1)
+    assert rotation_angle(mean / np.cbrt(np.linalg.det(mean))[:, None, None], rotations).max() < 4
+
+
+def dense_evidence(case, particle, k, level=4, spacing=0.5):
+    """log of the integral over all rotations and shifts by brute force: best cells of a fine grid, all its shifts."""
+    n = 12 * 4**level * 6 * 2**level
+    turns = 6 * 2**level
+    shifts = joint.shift_grid(MAX_SHIFT, spacing)
+    total = []
+    rng = np.random.default_rng(2)
+    # A uniform sample of the fine grid where all of it would be 295 thousand rotations.
+    cells = rng.choice(n, 5000, replace=False)
+    for part in np.array_split(cells, 10):
+        rotations = joint.cell_rotations(np.full(len(part), level), part // turns, part % turns)
+        total.append(logsumexp(case.log_posterior(particle, k, rotations, shifts)))
+    return logsumexp(total) - np.log(len(cells)) + 3 * np.log(spacing)
+
+
+def test_integral_and_class_posterior_against_every_pose(case):
+    evidence = np.empty((3, 2))
+    for k in range(2):
+        candidates, volumes = case.integrate(k)
+        assert candidates.gain.shape == volumes.shape == (3, 400)  # whatever the class
+        value = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
+        evidence[:, k] = logsumexp(value, axis=1)
+        for b in range(2):
+            # Brute force draws 5,000 rotations; its own error is a tenth of a nat.
+            assert abs(evidence[b, k] - dense_evidence(case, b, k)) < 0.3
+    found = [case.integrate(k) for k in range(2)]
+    posterior = expectation(
+        case.observation, case.references, [f[0] for f in found], [f[1] for f in found], np.array([0.5, 0.5]),
+        case.sigma2, ZETA,
+    )  # fmt: skip
+    expected = np.exp(evidence - logsumexp(evidence, axis=1)[:, None])
+    np.testing.assert_allclose(posterior.class_probability, expected, atol=0.01)
+
+
+def test_gain_is_the_residuals(case):
+    candidates, _ = case.integrate(0, n=50)
+    for b in range(3):
+        for i in (0, 20):
+            expected = case.log_posterior(b, 0, candidates.rotations[b, i : i + 1], candidates.shifts[b, i : i + 1])
+            expected = expected[0, 0] + (candidates.shifts[b, i] ** 2).sum() / (2 * ZETA**2)
+            assert abs(candidates.gain[b, i] - expected) < 0.3  # trilinear samples of the reference
+    assert (abs(candidates.correlation) <= 1).all()
+
+
+def test_cut_keeps_the_mass(case):
+    """Fewer candidates stand for more: the integral stays what it was."""
+    sums = []
+    for n in (400, 20, 3):
+        candidates, volumes = case.integrate(n=n)
+        assert candidates.rotations.shape[1] <= n
+        prior = (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2)
+        sums.append(logsumexp(candidates.gain - prior + volumes, axis=1))
+    np.testing.assert_allclose(sums[1], sums[0], atol=1e-3)
+    np.testing.assert_allclose(sums[2], sums[0], atol=1e-3)
+
+
+def test_mass_of_a_rotation_is_that_of_all_its_shifts(case):
+    """However few of its shifts are candidates; the same factor for all rotations of one cell size."""
+    shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
+    for n_shifts in (1, 4):
+        candidates, volumes = case.integrate(n=20, n_shifts=n_shifts, rounds=0)
+        mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
+        for b in range(3):
+            matrices = candidates.rotations[b, : candidates.count[b]].round(9)
+            rotations, which = np.unique(matrices, axis=0, return_inverse=True)
+            assert np.bincount(which.ravel()).max() <= n_shifts
+            held = [logsumexp(mass[b, : candidates.count[b]][which.ravel() == i]) for i in range(len(rotations))]
+            expected = logsumexp(case.log_posterior(b, 0, rotations, shifts), axis=1)
+            assert np.std(held - expected) < 0.1  # trilinear samples of the reference
+            assert len(rotations) >= 4
+
+
+def test_lattice_of_shifts_does_not_matter(case, monkeypatch):
+    sums = []
+    for fine in (joint.FINE_STEP, 2 * joint.FINE_STEP):
+        monkeypatch.setattr(joint, "FINE_STEP", fine)
+        candidates, volumes = case.integrate(max_shift=9.0)  # so far that the prior leaves nothing at the edge
+        prior = (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2)
+        sums.append(logsumexp(candidates.gain - prior + volumes, axis=1))
+    np.testing.assert_allclose(*sums, atol=0.1)
+
+
+@pytest.mark.parametrize(("gain", "degrees"), [(150.0, 4.0), (2000.0, 2.5)])
+def test_noise_free_poses_are_found(oracles, gain, degrees):
+    case = Case(oracles, gain)
+    case.observation = case.observe(case.clean)
+    candidates, volumes = case.integrate()
+    best = candidates.gain.argmax(axis=1)
+    rows = np.arange(3)
+    assert (rotation_angle(candidates.rotations[rows, best], case.rotations) < degrees).all()
+    assert (np.abs(candidates.shifts[rows, best] - case.shifts) < 0.25).all()
+    valid = np.arange(volumes.shape[1]) < candidates.count[:, None]
+    assert np.isfinite(volumes[valid]).all()
+    assert (candidates.shifts**2).sum(axis=-1).max() <= MAX_SHIFT**2 + 1e-6
+
+
+def test_chunks_do_not_matter(case, monkeypatch):
+    shifts = joint.shift_grid(MAX_SHIFT, 1.0)
+    arguments = case.observation, case.references[0], case.precision, shifts, ZETA
+    whole, found = joint.log_marginal(*arguments), case.integrate()
+    monkeypatch.setattr(joint, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
+    np.testing.assert_allclose(joint.log_marginal(*arguments), whole, atol=2e-3)
+    again = case.integrate()
+    np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)
+    np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
+
+
+def test_on_a_gpu_the_same(case, emulated_gpu):
+    import cupy
+
+    found = case.integrate(n=40)
+    o = case.observation
+    joint.forget_joint_tables()
+    try:
+        on_gpu = Observation(
+            case.support.to("cuda:0"), *(cupy.asarray(x) for x in (o.spectra, o.weights, o.weight_index)), o.weight_ids
+        )
+        reference = joint.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
+        candidates, volumes = joint.integrate(
+            on_gpu, reference, cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
+        )
+    finally:
+        joint.forget_joint_tables()
+    assert isinstance(volumes, cupy.ndarray)
+    np.testing.assert_array_equal(to_host(candidates.count), found[0].count)
+    for name in ("gain", "rotations", "shifts"):
+        np.testing.assert_allclose(
+            to_host(getattr(candidates, name))[:, :10], getattr(found[0], name)[:, :10], atol=2e-3
+        )
+    np.testing.assert_allclose(to_host(volumes)[:, :10], found[1][:, :10], atol=5e-3)
