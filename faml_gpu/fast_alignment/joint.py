@@ -340,11 +340,8 @@ def _interpolation(bandwidth: int, level: int, device: str) -> tuple[Array, Arra
         g, a, j = (i + bit for i, bit in zip(low, bits, strict=True))
         fractions = [w - i for w, i in zip(where, low, strict=True)]
         weight = np.prod([f if bit else 1 - f for f, bit in zip(fractions, bits, strict=True)], axis=0)
-        # Across a pole the neighbour of (alpha, beta, gamma) is (alpha + pi, -beta, gamma + pi).
-        beyond = (j < 0) | (j >= n)
-        j = np.where(j < 0, -1 - j, np.where(j >= n, 2 * n - 1 - j, j))
-        g, a = (g + bandwidth * beyond) % n, (a + bandwidth * beyond) % n
-        places.append((g * n + a) * n + j)
+        # No centre of `_first_level` lies nearer to a pole than the first beta.
+        places.append(((g % n) * n + a % n) * n + j)
         weights.append(weight)
     found = pixel, turn, np.stack(places, axis=1), np.stack(weights, axis=1).astype(np.float32)
     return tuple(to_device(x, device) for x in found)

@@ -164,6 +164,22 @@ def test_cells_are_equal_and_made_of_their_children(rng):
     assert rotation_angle(mean / np.cbrt(np.linalg.det(mean))[:, None, None], rotations).max() < 4
 
 
+@pytest.mark.parametrize("bandwidth", [4, 8, 9, 12])
+def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
+    level = joint._first_level(bandwidth)
+    pixel, turn, places, weights = joint._interpolation(bandwidth, level, "cpu")
+    assert places.min() >= 0
+    assert places.max() < (2 * bandwidth) ** 3
+    beta, angle = grid_angles(bandwidth)
+    g, a, b = np.meshgrid(angle, angle, beta, indexing="ij")
+    matrix = rng.standard_normal((3, 3))
+    values = (euler_to_matrix(np.stack([a, b, g], axis=-1)) * matrix).sum(axis=(-2, -1)).ravel()
+    expected = (joint.cell_rotations(np.full(len(pixel), level), pixel, turn) * matrix).sum(axis=(-2, -1))
+    error = (values[places] * weights).sum(axis=1) - expected
+    # Linear over a step of pi / L, of a function of degree 1: step^2 / 8 of it along each of three axes.
+    assert abs(error).max() < 3 / 8 * (np.pi / bandwidth) ** 2 * abs(expected).max()
+
+
 def dense_evidence(case, particle, k, level=4, spacing=0.5):
     """log of the integral over all rotations and shifts by brute force: best cells of a fine grid, all its shifts."""
     n = 12 * 4**level * 6 * 2**level
