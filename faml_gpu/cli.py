@@ -120,6 +120,24 @@ class Shared:
             help="default: what works best here. paper: the choices of the publication.", rich_help_panel=METHOD_PANEL
         ),
     ] = "default"
+    sampler: Annotated[
+        Literal["magnitude", "joint"] | None,
+        typer.Option(
+            help="joint: all rotations and shifts together, phases kept. magnitude: the paper's best matches of the "
+            "Fourier magnitudes; faster, finds less in noise.",
+            show_default="joint, paper magnitude",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    update: Annotated[
+        Literal["ratio", "wiener", "printed"] | None,
+        typer.Option(
+            help="How averages are made. wiener: noise held down, no orientation favoured because of the missing "
+            "wedge. ratio: divided by their coverage. printed: the paper's Eq. 10.",
+            show_default="wiener, paper printed",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     iterations: Annotated[
         int, typer.Option(help="Most iterations; stops earlier once nothing changes.", rich_help_panel=METHOD_PANEL)
     ] = 20

@@ -90,6 +90,8 @@ class State:
     sigma2 : (S,) float64, noise variance per Fourier shell |xi| = 0 .. S - 1 (all equal for a single sigma),
         of the complex coefficient of the unscaled DFT
     zeta : standard deviation of the shifts, voxels
+    unseen : (K, N, N, N//2 + 1) float32 or None, the power each class is expected to have at a Fourier voxel that its
+        particles have not told, see `maximization.wiener_average`
     """
 
     iteration: int
@@ -97,6 +99,7 @@ class State:
     alpha: Float64
     sigma2: Float64
     zeta: float
+    unseen: Float32 | None = None
 
 
 @dataclass

@@ -51,7 +51,8 @@ def expectation(
 
     log P = log alpha_k + log v~ - sum_j w_j^2 |X_j - (RA)_j|^2 / (2 sigma_j^2) - |t|^2 / (2 zeta^2) + const,
     the sum over the full Fourier volume (each coefficient and its conjugate). Candidates whose `gain` already says that
-    their share of the posterior is less than exp(-30) get 0, and no sum.
+    their share of the posterior is less than exp(-30) get 0, and no sum. What the unseen part of a class is expected to
+    add (`fast_alignment.unseen_gain`) counts in the posterior, not in the reported likelihood.
 
     Parameters
     ----------
@@ -72,7 +73,8 @@ def expectation(
         prior = np.log(max(alpha[k], np.finfo(np.float64).tiny)) + log_volumes[k]
         priors.append(prior - 0.5 * (c.shifts**2).sum(axis=-1) / zeta**2)
     n_candidates = sum(int(c.count.sum()) for c in candidates)
-    candidates, priors = _that_matter(candidates, priors)
+    expected = [c.expected_gain() for c in candidates]
+    candidates, priors, expected = _that_matter(candidates, priors, expected)
     residuals, logits = [], []
     with step("residuals"):
         for k, c in enumerate(candidates):
@@ -95,7 +97,8 @@ def expectation(
     with step("posterior"):
         logit = np.stack(logits, axis=1)  # (B, K, n)
         evidence = logsumexp(logit.reshape(b, -1), axis=1)
-        probability = np.exp(logit - evidence[:, None, None])
+        logit = logit + np.stack([to_host(e) for e in expected], axis=1)
+        probability = np.exp(logit - logsumexp(logit.reshape(b, -1), axis=1)[:, None, None])
         kept = _kept(probability.reshape(b, -1)).reshape(probability.shape)
         particle, class_index, pose = np.nonzero(kept)
         p = probability[kept]
@@ -115,13 +118,15 @@ def expectation(
         )
 
 
-def _that_matter(candidates: list[Candidates], priors: list[Array]) -> tuple[list[Candidates], list[Array]]:
-    """The candidates that by their gain may carry mass, moved to the front, and their priors."""
+def _that_matter(
+    candidates: list[Candidates], priors: list[Array], expected: list[Array]
+) -> tuple[list[Candidates], list[Array], list[Array]]:
+    """The candidates that by their gain may carry mass, moved to the front, their priors and expected gains."""
     if any(c.gain is None for c in candidates):
-        return candidates, priors
+        return candidates, priors, expected
     xp = namespace(candidates[0].rotations)
     gains = xp.stack([c.known_gain() for c in candidates])  # (K, B, n)
-    worth = gains + xp.stack(priors)
+    worth = gains + xp.stack(priors) + xp.stack(expected)
     known = xp.where(xp.isfinite(worth), worth, -np.inf)
     limit = known.max(axis=(0, 2)) - margin(xp.where(xp.isfinite(gains), gains, 0).max(axis=(0, 2)))
     kept = (worth >= limit[:, None]) & (gains > -np.inf)
@@ -129,7 +134,7 @@ def _that_matter(candidates: list[Candidates], priors: list[Array]) -> tuple[lis
     n, widest = gains.shape[2], max(1, int(count.max()))
     order = xp.argsort(xp.where(kept, 0, n) + xp.arange(n), axis=2)[:, :, :widest]
     rows = xp.arange(gains.shape[1])[:, None]
-    return [
+    front = [
         Candidates(
             xp.ascontiguousarray(c.rotations[rows, o]),
             xp.ascontiguousarray(c.shifts[rows, o]),
@@ -138,7 +143,9 @@ def _that_matter(candidates: list[Candidates], priors: list[Array]) -> tuple[lis
             g[rows, o],
         )
         for c, o, m, g in zip(candidates, order, count, gains, strict=True)
-    ], [p[rows, o] for p, o in zip(priors, order, strict=True)]
+    ]
+    priors, expected = ([x[rows, o] for x, o in zip(xs, order, strict=True)] for xs in (priors, expected))
+    return front, priors, expected
 
 
 def _kept(probability: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import maximization, voronoi
-from faml_gpu.array_backend import Array, cpu_threads, use_device
+from faml_gpu.array_backend import Array, cpu_threads, to_device, to_host, use_device
 from faml_gpu.data import (
     Batch,
     Checkpoint,
@@ -125,15 +125,19 @@ def iterate(
 
     def e_step(batch: Batch, spectra: Array, first: int) -> tuple[BatchPosterior, maximization.Accumulators]:
         observation = band.observe(batch, spectra)
-        with clock("fast alignment"):
-            candidates = [band.align(observation, r, c) for r, c in zip(references, kept, strict=True)]
-            if plan.options.method == "fa":
-                candidates = single_best(candidates)
-            elif plan.options.choices.poses == "refined":
-                earlier = select(checkpoint.posterior, first, first + len(spectra))
-                candidates = band.refine(observation, references, candidates, earlier)
-        with clock("voronoi"):
-            volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
+        if band.joint:
+            with clock("pose integral"):
+                candidates, volumes = band.integrate(observation, references)
+        else:
+            with clock("fast alignment"):
+                candidates = [band.align(observation, r, c) for r, c in zip(references, kept, strict=True)]
+                if plan.options.method == "fa":
+                    candidates = single_best(candidates)
+                elif plan.options.choices.poses == "refined":
+                    earlier = select(checkpoint.posterior, first, first + len(spectra))
+                    candidates = band.refine(observation, references, candidates, earlier)
+            with clock("voronoi"):
+                volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
         with clock("rotate back"):
@@ -156,9 +160,13 @@ def maximize(
     plan: Plan, band: Band, old: State, total: maximization.Accumulators, old_averages: NDArray[np.complex64]
 ) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
-    options, choices = plan.options, plan.options.choices
-    if options.method == "fa" or choices.update == "ratio":
+    choices, unseen = plan.options.choices, None
+    if choices.update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
+    elif choices.update == "wiener":
+        shell = to_host(band.output.shell)
+        averages, power = maximization.wiener_average(total.sums, total.weights, total.mass, old.sigma2, shell)
+        unseen = to_host(band.output.scatter(to_device(power.astype(np.complex64), plan.device)).real)
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
     maps = plan.to_maps(averages, band.output)
@@ -172,4 +180,5 @@ def maximize(
         alpha=np.maximum(total.mass, 0.5) / np.maximum(total.mass, 0.5).sum(),
         sigma2=maximization.new_sigma2(total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"),
         zeta=maximization.new_zeta(total.shift2, total.n),
+        unseen=unseen,
     )

@@ -22,6 +22,7 @@ __all__ = [
     "noise_sums",
     "rotate_back",
     "update_average",
+    "wiener_average",
 ]
 
 # A voxel seen by less than this share of a class's particles is left 0. What leaks there through masks and
@@ -179,6 +180,50 @@ def direct_average(
     """Wedge-weighted averages, sum P R^-1(w X) / sum P R^-1 w, and 0 where next to nothing was observed."""
     floor = np.maximum(COVERAGE_FLOOR * mass, np.finfo(np.float64).tiny)[:, None]
     return np.where(weights >= floor, sums / np.maximum(weights, floor), 0)
+
+
+def wiener_average(
+    sums: NDArray[np.complex128],
+    weights: NDArray[np.float64],
+    mass: NDArray[np.float64],
+    sigma2: NDArray[np.float64],
+    shell: NDArray[np.int64],
+) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+    """Averages held down where they are mostly noise, A = C sums / weights with C = W / (W + sigma^2 / tau^2).
+
+    tau^2 is the power of the class's signal in a Fourier shell: that of sums / weights less the noise's, sigma^2 / W
+    (Scheres 2012 takes it from the FSC of half sets).
+
+    A voxel that is poorly determined (C < 1) can explain less of a particle. A particle so scores best where it lies as
+    those before it did, whichever way it points, and the missing wedge of the first average stays missing for good.
+    The right orientation is expected to lower a particle's residual by C tau^2 / sigma^2 at each of its voxels, summed
+    and halved; given (1 - C) tau^2 besides, the second result, it is expected to score the same wherever it points.
+
+    Parameters
+    ----------
+    sums, weights : (K, M); mass : (K,)
+    sigma2 : (S,)
+        Noise variance per Fourier shell.
+    shell : (M,)
+        Shell of each voxel, below S.
+
+    Returns
+    -------
+    averages : (K, M) complex128
+    unseen : (K, M) float64
+        tau^2 (1 - C), 0 for a class without mass.
+    """
+    averages = direct_average(sums, weights, mass)
+    noise, unseen = sigma2[shell], np.zeros(weights.shape)
+    for k in np.nonzero(mass > 0)[0]:
+        seen = np.where(weights[k] >= COVERAGE_FLOOR * mass[k], weights[k], 0)
+        excess = np.where(seen > 0, seen * np.abs(averages[k]) ** 2 - noise, 0)
+        tau2 = np.bincount(shell, excess) / np.maximum(np.bincount(shell, seen), np.finfo(np.float64).tiny)
+        tau2 = np.maximum(tau2, 0)[shell]
+        determined = weights[k] * tau2 / np.maximum(weights[k] * tau2 + noise, np.finfo(np.float64).tiny)
+        averages[k] *= determined
+        unseen[k] = tau2 * (1 - determined)
+    return averages, unseen
 
 
 def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from faml_gpu.errors import InputError
@@ -21,10 +21,9 @@ class Preset:
     noise : one variance per Fourier "shell", or a "single" one
     band : r_max "growing" over the first 60 % of the iterations, or "full" from the start
     measure : rotations of the Voronoi points from "haar" or uniform "euler" angles
-    update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
-        one step, or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of
-        the way (and interpolates w and w X apart)
-    poses : candidates "refined" by the likelihood, last iteration's among them, or as found on the "grid" of c~
+    update, sampler : defaults of the options
+    poses : of the magnitude sampler: candidates "refined" by the likelihood, last iteration's among them, or as found
+        on the "grid" of c~
     regularization : default of the option
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
     """
@@ -33,15 +32,16 @@ class Preset:
     noise: Literal["shell", "single"]
     band: Literal["growing", "full"]
     measure: Literal["haar", "euler"]
-    update: Literal["ratio", "printed"]
+    update: Literal["ratio", "wiener", "printed"]
+    sampler: Literal["magnitude", "joint"]
     poses: Literal["refined", "grid"]
     regularization: float
     bandwidth: Literal["rule", "fixed"]
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "ratio", "refined", 1.0, "rule"),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "grid", 0.0, "fixed"),
+    "default": Preset("centred", "shell", "growing", "haar", "wiener", "joint", "refined", 1.0, "rule"),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed"),
 }
 
 
@@ -54,6 +54,13 @@ class Options:
     n_classes : K
     method : "faml" or "fa" (best single pose and class per particle)
     preset : "default" or "paper"
+    sampler : how poses are proposed and what each stands for: "magnitude" (of the paper: the best matches of |X|, and
+        their Voronoi shares) or "joint" (the pose integral on a grid of rotations and shifts, phases kept)
+        (default: by preset; `fa` takes "magnitude")
+    update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
+        one step; the same with noise held down and no orientation favoured for being seen ("wiener", see
+        `maximization.wiener_average`); or Eq. 10 as "printed", which fills the missing wedge from the old average and
+        so moves only part of the way, and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
     seed : of all randomness
     device : "auto", "cpu" or "cuda[:i]"
@@ -73,6 +80,8 @@ class Options:
     n_classes: int = 1
     method: Literal["faml", "fa"] = "faml"
     preset: Literal["default", "paper"] = "default"
+    sampler: Literal["magnitude", "joint"] | None = None
+    update: Literal["ratio", "wiener", "printed"] | None = None
     iterations: int = 20
     seed: int = 0
     device: str = "auto"
@@ -92,6 +101,19 @@ class Options:
             (self.n_classes >= 1, "n_classes", self.n_classes, "at least 1"),
             (self.method in ("faml", "fa"), "method", self.method, "'faml' or 'fa'"),
             (self.preset in PRESETS, "preset", self.preset, " or ".join(map(repr, PRESETS))),
+            (self.sampler in (None, "magnitude", "joint"), "sampler", self.sampler, "'magnitude' or 'joint'"),
+            (
+                self.update in (None, "ratio", "wiener", "printed"),
+                "update",
+                self.update,
+                "'ratio', 'wiener' or 'printed'",
+            ),
+            (
+                not (self.sampler == "joint" and self.method == "fa"),
+                "sampler",
+                "joint",
+                "'magnitude': method 'fa' takes one pose and integrates over none",
+            ),
             (self.iterations >= 1, "iterations", self.iterations, "at least 1"),
             (self.seed >= 0, "seed", self.seed, "0 or more"),
             (self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1"),
@@ -114,5 +136,8 @@ class Options:
 
     @property
     def choices(self) -> Preset:
-        """What the preset says."""
-        return PRESETS[self.preset]
+        """What the preset says, and the options that overrule it."""
+        preset = PRESETS[self.preset]
+        if self.method == "fa":
+            return replace(preset, sampler="magnitude", update="ratio")
+        return replace(preset, sampler=self.sampler or preset.sampler, update=self.update or preset.update)

@@ -28,7 +28,7 @@ from faml_gpu.array_backend import (
 from faml_gpu.data import Batch, ParticleSource, Posterior, Progress, State
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior
-from faml_gpu.fast_alignment import Candidates, Observation, Reference, ShiftWindow
+from faml_gpu.fast_alignment import Candidates, JointReference, Observation, Reference, ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.options import Options
 from faml_gpu.posteriors import likeliest
@@ -290,19 +290,30 @@ class Band:
         """Mask around what shifts as wide as the last iteration found them leave of the particle."""
         return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
 
+    @property
+    def joint(self) -> bool:
+        """Poses come from the joint grid, not from matched magnitudes."""
+        return self.plan.options.choices.sampler == "joint"
+
     def references(self) -> tuple[list[Reference], NDArray[np.complex64]]:
         """The averages ready to be matched, and their transforms (K, M) on the output support (on the host)."""
         masked = to_device(self.state.maps * self.plan.mask, self.plan.device)
         padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
         grids = fourier.interpolation_grid(masked, self.r_max, padding)
-        references = [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
+        make = fast_alignment.make_joint_reference if self.joint else fast_alignment.make_reference
+        unseen: list[Array | None] = [None] * len(grids)
+        if self.state.unseen is not None:
+            unseen = list(fourier.weight_grid(to_device(self.state.unseen, self.plan.device), self.r_max))
+        references: list[Reference] = [
+            make(g, padding, self.r_max, bandwidth, v) for g, v in zip(grids, unseen, strict=True)
+        ]
         return references, to_host(self.output.gather(fourier.transform(masked)))
 
     def observe(self, batch: Batch, spectra: Array) -> Observation:
         """The batch on the active support."""
         gather = self.support.gather
         weights, magnitudes = gather(batch.weights), None
-        if self.plan.options.choices.magnitudes == "centred":
+        if self.plan.options.choices.magnitudes == "centred" and not self.joint:
             # Without phases nothing says where in the box a signal lies: what is outside the particle's reach, noise
             # and neighbours, would add to |X| all the same.
             inside = fourier.inverse_transform(spectra * batch.weights[batch.weight_index], self.plan.box)
@@ -314,6 +325,16 @@ class Band:
         centred = self.plan.options.choices.magnitudes == "centred"
         n = self.plan.options.candidates
         return fast_alignment.align(observation, reference, self.precision, self.window, n, centred=centred, kept=kept)
+
+    def integrate(self, observation: Observation, references: list[Reference]) -> tuple[list[Candidates], list[Array]]:
+        """Steps 1 and 2 in one: the pose integral against each class as weighted poses."""
+        n, shift, zeta = self.plan.options.candidates, self.plan.max_shift, self.state.zeta
+        found = [
+            fast_alignment.integrate(observation, r, self.precision, max_shift=shift, zeta=zeta, n_candidates=n)
+            for r in references
+            if isinstance(r, JointReference)
+        ]
+        return [candidates for candidates, _ in found], [log_volumes for _, log_volumes in found]
 
     def refine(
         self,

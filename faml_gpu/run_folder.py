@@ -264,6 +264,7 @@ def write_checkpoint(stem: Path, checkpoint: Checkpoint) -> None:
     OutputError
     """
     arrays: dict[str, Any] = {f"state_{f.name}": getattr(checkpoint.state, f.name) for f in fields(State)}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     arrays |= {f"posterior_{f.name}": getattr(checkpoint.posterior, f.name) for f in fields(Posterior)}
     arrays["history"] = np.array(json.dumps([asdict(record) for record in checkpoint.history]))
     buffer = BytesIO()
@@ -294,7 +295,7 @@ def read_checkpoint(stem: Path) -> Checkpoint:
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise ValueError(f"the checksum of {stem.name}.npz is not the one in the JSON")
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
-        state = State(**{f.name: _plain(arrays[f"state_{f.name}"]) for f in fields(State)})
+        state = State(**{name[6:]: _plain(arrays[name]) for name in arrays if name.startswith("state_")})
         posterior = Posterior(**{f.name: arrays[f"posterior_{f.name}"] for f in fields(Posterior)})
         history = [IterationRecord(**record) for record in json.loads(str(arrays["history"]))]
     return Checkpoint(state, posterior, history)

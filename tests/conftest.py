@@ -16,7 +16,7 @@ import pytest
 from faml_gpu import device_info
 from faml_gpu.demo import write_simulation
 from faml_gpu.errors import InputError
-from faml_gpu.fast_alignment import harmonics, wigner
+from faml_gpu.fast_alignment import forget_tables
 from faml_gpu.simulate import Simulation, groel, ribosome, simulate_particles
 
 
@@ -62,17 +62,10 @@ def emulator() -> ModuleType:
     return sys.modules["faml_emulator"]
 
 
-def forget_tables() -> None:
-    """Tables kept for "cuda:0" belong to the CuPy that made them."""
-    harmonics._shell_harmonics.cache_clear()
-    harmonics.sphere_grid.cache_clear()
-    wigner.small_d_table.cache_clear()
-
-
 @pytest.fixture
 def emulated_gpu(emulator: ModuleType) -> Iterator[Any]:
     """The stand-in for CuPy in place: device "cuda:0" is emulated. What happens on it is counted."""
-    forget_tables()
+    forget_tables()  # those kept for "cuda:0" belong to the CuPy that made them
     with emulator.installed() as session:
         yield session
     forget_tables()

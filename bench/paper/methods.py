@@ -18,7 +18,7 @@ from faml_gpu.device_info import choose_device
 from faml_gpu.fast_alignment import Candidates, Observation, Reference
 from faml_gpu.history import converged
 from faml_gpu.metrics import _rotation_grid  # the same spiral of rotations, of whatever number
-from faml_gpu.options import PRESETS, Options, Preset
+from faml_gpu.options import Options, Preset
 from faml_gpu.plan import Band, Plan, resolve
 from faml_gpu.posteriors import one_hot
 from faml_gpu.starting import final_averages
@@ -36,16 +36,16 @@ class PlainMagnitudes(Options):
 
     @property
     def choices(self) -> Preset:
-        return replace(PRESETS[self.preset], magnitudes="plain")
+        return replace(super().choices, magnitudes="plain")
 
 
 @dataclass(frozen=True)
 class Unrefined(Options):
-    """`default`, but for the candidates, which stay as they were proposed: to compare proposals."""
+    """Matched candidates, which stay as they were proposed, and plain averages: to compare proposals."""
 
     @property
     def choices(self) -> Preset:
-        return replace(PRESETS[self.preset], poses="grid")
+        return replace(super().choices, poses="grid", sampler="magnitude", update="ratio")
 
 
 def method_options(method: str, case: Case, sample: Sample, seed: int, device: str, threads: int | None) -> Options:
@@ -57,6 +57,8 @@ def method_options(method: str, case: Case, sample: Sample, seed: int, device: s
         n_classes=max(1, len(sample.truth)),
         method="fa" if method.startswith("fa") else "faml",
         preset="paper" if method == "paper" else "default",
+        sampler="magnitude" if method.startswith("magnitude") else None,
+        update="ratio" if method.endswith("ratio") else None,
         iterations=case.iterations,
         seed=seed,
         device="cpu" if case.kind == "sampling" else device,  # the grids are NumPy's

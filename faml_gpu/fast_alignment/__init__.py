@@ -1,5 +1,6 @@
 """Step 1 of FAML: candidate poses by rotational matching in spherical harmonics, then their shifts."""
 
+from faml_gpu.fast_alignment import harmonics, joint, wigner
 from faml_gpu.fast_alignment.align import (
     Candidates,
     Observation,
@@ -9,21 +10,31 @@ from faml_gpu.fast_alignment.align import (
     margin,
     single_best,
 )
-from faml_gpu.fast_alignment.harmonics import forget_tables
+from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
 __all__ = [
     "Candidates",
+    "JointReference",
     "Observation",
     "Reference",
     "ShiftWindow",
     "align",
     "carry_over",
     "forget_tables",
+    "integrate",
+    "make_joint_reference",
     "make_reference",
     "margin",
     "refine",
     "shift_window",
     "single_best",
 ]
+
+
+def forget_tables() -> None:
+    """Let go of the tables kept for later calls, where memory is short."""
+    harmonics.forget_tables()
+    joint.forget_tables()
+    wigner.small_d_table.cache_clear()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, device_of, namespace, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
-from faml_gpu.fast_alignment.so3 import correlate
+from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import euler_to_matrix
@@ -18,11 +18,13 @@ __all__ = [
     "Candidates",
     "Observation",
     "Reference",
+    "UnseenGain",
     "align",
     "make_reference",
     "margin",
     "normalised_scores",
     "single_best",
+    "unseen_gain",
 ]
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
@@ -52,7 +54,8 @@ class Reference:
     """One class average, ready to be matched.
 
     grid: its `fourier.interpolation_grid`; magnitude, power: coefficients (r_max, L, n_l) of |A| and |A|^2
-    on shells of integer radius.
+    on shells of integer radius. unseen: of the power that A is expected to have but its particles have not shown, or
+    None (see `unseen_gain`).
     """
 
     grid: Array
@@ -60,6 +63,24 @@ class Reference:
     bandwidth: int
     magnitude: Array
     power: Array
+    unseen: Array | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class UnseenGain:
+    """Nats by which the part of a class that is still unseen is expected to lower the residual, for every rotation.
+
+    table (W, 2L, 2L, 2L) on the SO(3) grid; index (B,): its entry of each particle.
+    """
+
+    table: Array
+    index: Array
+
+    def at(self, rotations: Array) -> Array:
+        """(B, n) for rotations (B, n, 3, 3)."""
+        b, n = rotations.shape[:2]
+        xp = namespace(rotations)
+        return interpolate(self.table, xp.repeat(self.index, n), rotations.reshape(b * n, 3, 3)).reshape(b, n)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ class Candidates:
     correlation (B, n): wedge-constrained correlation coefficient of each, what `fa` ranks by.
     gain (B, n): by how many nats each lowers -1/2 sum w^2 |X - RA|^2 / sigma^2 against no reference at all, inf where
     that is not known. Known to the parabolas of the shift search, it is no posterior, but tells what cannot matter.
+    unseen: what the class's unseen part is expected to add to it; None where all is seen.
     """
 
     rotations: Array
@@ -76,6 +98,7 @@ class Candidates:
     correlation: Array
     count: Array
     gain: Array | None = None
+    unseen: UnseenGain | None = None
 
     def known_gain(self) -> Array:
         """`gain`, a copy: inf where it is not known, -inf where there is no candidate."""
@@ -83,6 +106,12 @@ class Candidates:
         n = self.rotations.shape[1]
         gain = xp.full(self.rotations.shape[:2], np.inf) if self.gain is None else self.gain
         return xp.where(xp.arange(n) < self.count[:, None], gain, -np.inf)
+
+    def expected_gain(self) -> Array:
+        """(B, n): of the class's unseen part, 0 where all is seen."""
+        if self.unseen is None:
+            return namespace(self.rotations).zeros(self.rotations.shape[:2])
+        return self.unseen.at(self.rotations)
 
 
 def margin(gain: Array) -> Array:
@@ -94,14 +123,45 @@ def margin(gain: Array) -> Array:
     return 30 + 0.05 * xp.maximum(xp.where(xp.isfinite(gain), gain, 0), 0)
 
 
-def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
-    """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid."""
+def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int, unseen: Array | None = None) -> Reference:
+    """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid.
+
+    unseen: `fourier.weight_grid` of the power that is still unseen.
+    """
     xp = namespace(grid)
     sphere = sphere_grid(bandwidth, device=device_of(grid))
     radii = xp.arange(1, r_max + 1, dtype=np.float64)
     points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
     values = abs(ops.rotate(grid, xp.eye(3)[None], points, padding)[0]).reshape(r_max, -1)
-    return Reference(grid, padding, bandwidth, sphere.coefficients(values), sphere.coefficients(values**2))
+    coefficients = [sphere.coefficients(values), sphere.coefficients(values**2)]
+    return Reference(grid, padding, bandwidth, *coefficients, unseen=unseen_harmonics(unseen, r_max, bandwidth))
+
+
+def unseen_harmonics(unseen: Array | None, r_max: int, bandwidth: int) -> Array | None:
+    """Coefficients (r_max, L, n_l) of the unseen power on shells of integer radius."""
+    if unseen is None:
+        return None
+    xp = namespace(unseen)
+    sphere = sphere_grid(bandwidth, device=device_of(unseen))
+    radii = xp.arange(1, r_max + 1, dtype=np.float64)
+    points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
+    values = ops.rotate(unseen.astype(np.complex64), xp.eye(3)[None], points, 1)[0].real
+    return sphere.coefficients(xp.ascontiguousarray(values).reshape(r_max, -1))
+
+
+def unseen_gain(observation: Observation, reference: Reference, precision: Array) -> UnseenGain | None:
+    """1/2 sum w^2 / sigma^2 R(v) on the SO(3) grid for each weight of the batch, v the class's unseen power.
+
+    A class explains of a particle only what it has been shown. Were that all, each particle would score best where the
+    others lie, and an average that starts with a missing wedge would keep it. The right orientation is expected to gain
+    as much from the unseen part as from the seen (`maximization.wiener_average`), so this is added wherever
+    orientations are compared; to the reported likelihood it is not.
+    """
+    if reference.unseen is None:
+        return None
+    harmonics = shell_harmonics(observation.support, reference.bandwidth)
+    squared = observation.weights**2 * precision
+    return UnseenGain(0.5 * correlate(harmonics.coefficients(squared), reference.unseen), observation.weight_index)
 
 
 def normalised_scores(
@@ -111,6 +171,7 @@ def normalised_scores(
     *,
     centred: bool,
     kept: dict[str, Array] | None = None,
+    unseen: UnseenGain | None = None,
 ) -> Array:
     """c~ = c~0 / c~1 (Eq. 1-2 with magnitudes) on the SO(3) grid.
 
@@ -127,6 +188,8 @@ def normalised_scores(
         so without this c~0 mostly measures sum w |RA|.
     kept : dict, optional
         c~1 by weight name, filled and used: c~1 depends on the class and the weight only.
+    unseen : UnseenGain, optional
+        The unseen part of the class counts as if it matched: its share is added to c~0 and c~1^2.
 
     Returns
     -------
@@ -140,6 +203,8 @@ def normalised_scores(
     if missing:
         weights = xp.stack([observation.weights[i] for i in missing])
         squared = correlate(harmonics.coefficients(weights**2 * precision), reference.power)
+        if unseen is not None:
+            squared += 2 * unseen.table[xp.asarray(missing)]
         for i, c1 in zip(missing, squared, strict=True):
             kept[observation.weight_ids[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
     magnitude = abs(observation.spectra) if observation.magnitudes is None else observation.magnitudes
@@ -149,6 +214,8 @@ def normalised_scores(
         mean = total / xp.maximum(observed, np.finfo(np.float32).tiny)
         magnitude = magnitude - mean[:, support.shell].astype(np.float32)
     scores = correlate(harmonics.coefficients(magnitude * weight**2 * precision), reference.magnitude)
+    if unseen is not None:
+        scores += 2 * unseen.table[unseen.index]
     scores /= xp.stack([kept[name] for name in observation.weight_ids])[observation.weight_index]
     for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // scores[0].nbytes)]:
         del kept[name]  # the oldest
@@ -182,14 +249,15 @@ def align(
     """
     xp = namespace(observation.spectra)
     with step("rotational matching"):
-        scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept)
+        unseen = unseen_gain(observation, reference, precision)
+        scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept, unseen=unseen)
     with step("peaks"):
         # Closer than one step of alpha is one candidate.
         angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
         rotations = xp.asarray(euler_to_matrix(to_host(angles)))
     with step("translations"):
         shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, count)
-    return Candidates(rotations, shifts, correlation, count, gain)
+    return Candidates(rotations, shifts, correlation, count, gain, unseen)
 
 
 def _best_shifts(

@@ -136,4 +136,5 @@ def shell_harmonics(support: Support, bandwidth: int) -> ShellHarmonics:
 
 def forget_tables() -> None:
     """Let go of the harmonics kept for later calls, where memory is short."""
-    _shell_harmonics.cache_clear()
+    for cached in (_shell_harmonics, sphere_grid):
+        cached.cache_clear()

@@ -22,9 +22,16 @@ from numpy.typing import NDArray
 
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, device_of, fft_module, namespace, step, to_device, to_host, working_bytes
-from faml_gpu.fast_alignment.align import Candidates, Observation, Reference
+from faml_gpu.fast_alignment.align import (
+    Candidates,
+    Observation,
+    Reference,
+    UnseenGain,
+    unseen_gain,
+    unseen_harmonics,
+)
 from faml_gpu.fast_alignment.harmonics import sphere_grid
-from faml_gpu.fast_alignment.so3 import grid_angles
+from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
@@ -33,7 +40,7 @@ __all__ = [
     "JointReference",
     "cell_children",
     "cell_rotations",
-    "forget_joint_tables",
+    "forget_tables",
     "integrate",
     "log_marginal",
     "make_joint_reference",
@@ -58,7 +65,7 @@ class JointReference(Reference):
     """A class average ready for `integrate`; what magnitudes need is left empty.
 
     phases (P, 2L, S) complex64: conj q_lm'(r) for each pair (m, l) and m' in FFT order, of A;
-    powers: the same of |A|^2. coarse_r: band of these.
+    powers: the same of |A|^2 less the unseen power. coarse_r: band of these.
     """
 
     phases: Array
@@ -151,14 +158,19 @@ def _d_table(bandwidth: int, device: str) -> Array:
     return to_device(table, device)
 
 
-def forget_joint_tables() -> None:
+def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
     for cached in (_phase_harmonics, _d_table, _interpolation):
         cached.cache_clear()
 
 
-def make_joint_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> JointReference:
-    """Harmonic coefficients of A and |A|^2 on shells half a Fourier voxel apart, up to the coarse band."""
+def make_joint_reference(
+    grid: Array, padding: int, r_max: int, bandwidth: int, unseen: Array | None = None
+) -> JointReference:
+    """Harmonic coefficients of A and |A|^2 on shells half a Fourier voxel apart, up to the coarse band.
+
+    unseen: `fourier.weight_grid` of the power that is still unseen; it is taken off |A|^2 (see `unseen_gain`).
+    """
     xp = namespace(grid)
     r, bandwidth = min(r_max, COARSE_R), min(bandwidth, COARSE_L)
     sphere = sphere_grid(bandwidth, even=False, device=device_of(grid))
@@ -166,6 +178,9 @@ def make_joint_reference(grid: Array, padding: int, r_max: int, bandwidth: int) 
     radii = 1 + xp.arange(n_shells, dtype=np.float64) / PER_VOXEL
     points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
     values = ops.rotate(grid, xp.eye(3)[None], points, padding)[0].reshape(n_shells, -1)
+    power = abs(values) ** 2
+    if unseen is not None:
+        power -= ops.rotate(unseen.astype(np.complex64), xp.eye(3)[None], points, 1)[0].real.reshape(n_shells, -1)
     even = (xp.arange(bandwidth) % 2 == 0)[None, None, :]
 
     def all_m(coefficients: Array) -> Array:
@@ -178,9 +193,10 @@ def make_joint_reference(grid: Array, padding: int, r_max: int, bandwidth: int) 
         return xp.ascontiguousarray(out[xp.asarray(_pairs(bandwidth).l)])
 
     phases = xp.where(even, sphere.coefficients(values.real), sphere.coefficients(values.imag))
-    powers = xp.where(even, sphere.coefficients(abs(values) ** 2), 0)
+    powers = xp.where(even, sphere.coefficients(power), 0)
     empty = xp.zeros(0, np.complex64)
-    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r)
+    coefficients = unseen_harmonics(unseen, r_max, bandwidth)
+    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r, unseen=coefficients)
 
 
 def quadrature(bandwidth: int) -> NDArray[np.float64]:
@@ -383,6 +399,7 @@ class _Scorer:
     zeta: float
     fine: float  # spacing of the lattice that covers all shifts
     n_shifts: int  # best shifts kept of each rotation
+    unseen: UnseenGain | None
 
     def _window(self, spacing: float, reach: int) -> ShiftWindow:
         support = self.observation.support
@@ -409,6 +426,10 @@ class _Scorer:
             rotated = ops.rotate(self.reference.grid, rotations[part], o.support.coords, self.reference.padding)
             weight = self.weight[o.weight_index[particle[part]]]
             power = 2 * (weight * (rotated.real**2 + rotated.imag**2)).sum(axis=1, dtype=np.float64)
+            worth = -0.5 * power
+            if self.unseen is not None:
+                index = self.unseen.index[particle[part]]
+                worth += interpolate(self.unseen.table, index, rotations[part])
             cross = weight * o.spectra[particle[part]] * rotated.conj()
             cross *= _shift_phases(o.support, centre[part])
             place = line[:, None, None] + centre[part].T  # (t, 3, n)
@@ -419,7 +440,7 @@ class _Scorer:
             top = log_p.max(axis=0)
             e = xp.exp(log_p - top)
             total = e.sum(axis=0, dtype=np.float64)
-            mass[part] = top + xp.log(total) + 3 * np.log(spacing) - 0.5 * power
+            mass[part] = top + xp.log(total) + 3 * np.log(spacing) + worth
             powers[part] = power
             spread[part] = total**2 / (e * e).sum(axis=0, dtype=np.float64)
             column = xp.arange(log_p.shape[1])
@@ -427,7 +448,7 @@ class _Scorer:
                 best = log_p.argmax(axis=0)
                 index = xp.stack([best // (t * t), best // t % t, best % t], axis=1)
                 shift[part, k] = line[index] + centre[part]
-                value[part, k] = log_p[best, column] - 0.5 * power
+                value[part, k] = log_p[best, column] + worth
                 log_p[best, column] = -np.inf
         return mass, shift, value, spread, powers
 
@@ -500,7 +521,9 @@ def integrate(
         # How much of the mass these cells hold, as far as harmonics tell.
         log_share = _logsumexp(of_chosen) - _logsumexp(coarse_mass)
         fine = support.box / (FINE_STEP * support.r_max)
-        scorer = _Scorer(observation, reference, observation.weights**2 * precision, radius, zeta, fine, n_shifts)
+        unseen = unseen_gain(observation, reference, precision)
+        weight = observation.weights**2 * precision
+        scorer = _Scorer(observation, reference, weight, radius, zeta, fine, n_shifts, unseen)
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
         cells = _score_cells(
             scorer,
@@ -621,6 +644,8 @@ def _candidates(
     shifts = cells.shift.reshape(b, -1, 3)[rows, order]
     value = cells.value.reshape(b, -1)[rows, order]
     gain = value + (shifts**2).sum(axis=-1) / (2 * scorer.zeta**2)
+    if scorer.unseen is not None:
+        gain -= scorer.unseen.at(rotations)
     gain = xp.where(kept, gain, -np.inf)
     power = xp.take_along_axis(cells.power, cell, axis=1)
     own = 2 * (scorer.weight[observation.weight_index] * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
@@ -633,8 +658,9 @@ def _candidates(
         return xp.pad(x, [(0, 0), (0, wide)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
     candidates = Candidates(
-        padded(rotations, 0.0), padded(shifts, 0.0), padded(correlation, 0.0), count, padded(gain, -np.inf)
-    )
+        padded(rotations, 0.0), padded(shifts, 0.0), padded(correlation, 0.0), count, padded(gain, -np.inf),
+        scorer.unseen,
+    )  # fmt: skip
     return candidates, padded(log_volumes, -np.inf)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from faml_gpu.array_backend import Array, device_of, fft_module, namespace
 from faml_gpu.fast_alignment.wigner import small_d_table
 
-__all__ = ["correlate", "grid_angles"]
+__all__ = ["correlate", "grid_angles", "interpolate"]
 
 
 def correlate(p: Array, q: Array) -> Array:
@@ -48,6 +49,37 @@ def correlate(p: Array, q: Array) -> Array:
     s = s.transpose(3, 2, 1, 0)
     spectrum[:, :, :l_max, :l_max], spectrum[:, :, l_max + 1 :, :l_max] = s[:, :, l_max - 1 :], s[:, :, : l_max - 1]
     return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward", overwrite_x=True)
+
+
+def interpolate(table: Array, index: Array, rotations: Array) -> Array:
+    """Values (n,) at rotations (n, 3, 3) of functions (W, 2L, 2L, 2L) on the grid of `correlate`, one `index` each.
+
+    Trilinear in the angles. Beyond the first and last beta, (alpha, -beta, gamma) is (alpha + pi, beta, gamma + pi).
+    """
+    xp = namespace(table)
+    n = table.shape[1]
+    sine = xp.sqrt(rotations[:, 0, 2] ** 2 + rotations[:, 1, 2] ** 2)
+    beta = xp.arctan2(sine, rotations[:, 2, 2])
+    pole = sine < 1e-9  # where only alpha +- gamma is defined: all of it goes into alpha
+    alpha = xp.where(
+        pole,
+        xp.arctan2(-rotations[:, 0, 1], rotations[:, 1, 1]),
+        xp.arctan2(rotations[:, 1, 2], rotations[:, 0, 2]),
+    )
+    gamma = xp.where(pole, 0.0, xp.arctan2(rotations[:, 2, 1], -rotations[:, 2, 0]))
+    place = [beta * n / np.pi - 0.5, gamma * n / (2 * np.pi), alpha * n / (2 * np.pi)]
+    lower = [xp.floor(x) for x in place]
+    out = xp.zeros(len(rotations))
+    for corner in product((0, 1), repeat=3):
+        row, column, depth = (low.astype(np.int64) + step for low, step in zip(lower, corner, strict=True))
+        weight = 1.0
+        for x, low, step in zip(place, lower, corner, strict=True):
+            weight = weight * (x - low if step else 1 - (x - low))
+        over = (row < 0) | (row >= n)
+        half = xp.where(over, n // 2, 0)
+        row = xp.where(row < 0, -1 - row, xp.where(row >= n, 2 * n - 1 - row, row))
+        out += weight * table[index, row, (column + half) % n, (depth + half) % n]
+    return out
 
 
 def grid_angles(bandwidth: int) -> tuple[Any, Any]:

@@ -292,7 +292,7 @@ def test_on_a_gpu_the_same(case, emulated_gpu):
 
     found = case.integrate(n=40)
     o = case.observation
-    joint.forget_joint_tables()
+    joint.forget_tables()
     try:
         on_gpu = Observation(
             case.support.to("cuda:0"), *(cupy.asarray(x) for x in (o.spectra, o.weights, o.weight_index)), o.weight_ids
@@ -302,7 +302,7 @@ def test_on_a_gpu_the_same(case, emulated_gpu):
             on_gpu, reference, cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
         )
     finally:
-        joint.forget_joint_tables()
+        joint.forget_tables()
     assert isinstance(volumes, cupy.ndarray)
     np.testing.assert_array_equal(to_host(candidates.count), found[0].count)
     for name in ("gain", "rotations", "shifts"):

@@ -56,7 +56,7 @@ def test_options_that_do_not_fit_the_box(change):
 
 def test_matched_magnitudes_are_those_of_the_masked_box(particles):
     """By plain NumPy on the whole cube: |F[mask F^-1(w X)]|; not |X|, and for the paper nothing but |X|."""
-    plan = Plan.make(particles, Options(mask_radius=50, max_shift=20))
+    plan = Plan.make(particles, Options(mask_radius=50, max_shift=20, sampler="magnitude"))
     batch = particles.read(np.arange(3))
     spectra = plan.spectra(batch)
     state = State(0, np.zeros((1, N, N, N), np.float32), np.ones(1), np.ones(N // 2), 1.0)
