@@ -90,8 +90,8 @@ class State:
     sigma2 : (S,) float64, noise variance per Fourier shell |xi| = 0 .. S - 1 (all equal for a single sigma),
         of the complex coefficient of the unscaled DFT
     zeta : standard deviation of the shifts, voxels
-    unseen : (K, N, N, N//2 + 1) float32 or None, the power each class is expected to have at a Fourier voxel that its
-        particles have not told, see `maximization.wiener_average`
+    unseen : (N, N, N//2 + 1) float32 or None, the power the averages are expected to have at a Fourier voxel beside
+        what the particles have told, see `maximization.wiener_average`
     """
 
     iteration: int

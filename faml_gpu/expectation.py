@@ -51,8 +51,8 @@ def expectation(
 
     log P = log alpha_k + log v~ - sum_j w_j^2 |X_j - (RA)_j|^2 / (2 sigma_j^2) - |t|^2 / (2 zeta^2) + const,
     the sum over the full Fourier volume (each coefficient and its conjugate). Candidates whose `gain` already says that
-    their share of the posterior is less than exp(-30) get 0, and no sum. What the unseen part of a class is expected to
-    add (`fast_alignment.unseen_gain`) counts in the posterior, not in the reported likelihood.
+    their share of the posterior is less than exp(-30) get 0, and no sum. What is unseen of the averages is expected to
+    add its share (`fast_alignment.UnseenGain`): that counts in the posterior, not in the reported likelihood.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def expectation(
         prior = np.log(max(alpha[k], np.finfo(np.float64).tiny)) + log_volumes[k]
         priors.append(prior - 0.5 * (c.shifts**2).sum(axis=-1) / zeta**2)
     n_candidates = sum(int(c.count.sum()) for c in candidates)
-    expected = [c.expected_gain() for c in candidates]
+    expected = [observation.expected_gain(c.rotations) for c in candidates]
     candidates, priors, expected = _that_matter(candidates, priors, expected)
     residuals, logits = [], []
     with step("residuals"):

@@ -166,7 +166,7 @@ def maximize(
     elif choices.update == "wiener":
         shell = to_host(band.output.shell)
         averages, power = maximization.wiener_average(total.sums, total.weights, total.mass, old.sigma2, shell)
-        unseen = to_host(band.output.scatter(to_device(power.astype(np.complex64), plan.device)).real)
+        unseen = to_host(band.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real)
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
     maps = plan.to_maps(averages, band.output)

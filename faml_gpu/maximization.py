@@ -191,10 +191,11 @@ def wiener_average(
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
     """Averages held down where they are mostly noise, A = C sums / weights with C = W / (W + sigma^2 / tau^2).
 
-    tau^2 is the power of the class's signal in a Fourier shell: that of sums / weights less the noise's, sigma^2 / W
-    (Scheres 2012 takes it from the FSC of half sets).
+    tau^2 is the power of the signal in a Fourier shell: that of sums / weights less the noise's, sigma^2 / weights
+    (Scheres 2012 takes it from the FSC of half sets). W are the weights of a class of average size: were they those of
+    each class, the larger ones would explain more of any particle, and take all of them.
 
-    A voxel that is poorly determined (C < 1) can explain less of a particle. A particle so scores best where it lies as
+    A voxel that is poorly determined (C < 1) explains less of a particle. So a particle scores best where it lies as
     those before it did, whichever way it points, and the missing wedge of the first average stays missing for good.
     The right orientation is expected to lower a particle's residual by C tau^2 / sigma^2 at each of its voxels, summed
     and halved; given (1 - C) tau^2 besides, the second result, it is expected to score the same wherever it points.
@@ -210,20 +211,18 @@ def wiener_average(
     Returns
     -------
     averages : (K, M) complex128
-    unseen : (K, M) float64
-        tau^2 (1 - C), 0 for a class without mass.
+    unseen : (M,) float64
+        tau^2 (1 - C).
     """
     averages = direct_average(sums, weights, mass)
-    noise, unseen = sigma2[shell], np.zeros(weights.shape)
-    for k in np.nonzero(mass > 0)[0]:
-        seen = np.where(weights[k] >= COVERAGE_FLOOR * mass[k], weights[k], 0)
-        excess = np.where(seen > 0, seen * np.abs(averages[k]) ** 2 - noise, 0)
-        tau2 = np.bincount(shell, excess) / np.maximum(np.bincount(shell, seen), np.finfo(np.float64).tiny)
-        tau2 = np.maximum(tau2, 0)[shell]
-        determined = weights[k] * tau2 / np.maximum(weights[k] * tau2 + noise, np.finfo(np.float64).tiny)
-        averages[k] *= determined
-        unseen[k] = tau2 * (1 - determined)
-    return averages, unseen
+    noise, tiny = sigma2[shell], np.finfo(np.float64).tiny
+    seen = np.where(weights >= COVERAGE_FLOOR * mass[:, None], weights, 0)
+    excess = np.where(seen > 0, seen * np.abs(averages) ** 2 - noise, 0)
+    tau2 = np.bincount(shell, excess.sum(axis=0)) / np.maximum(np.bincount(shell, seen.sum(axis=0)), tiny)
+    signal = np.maximum(tau2, 0)[shell]
+    each = weights.mean(axis=0) * signal
+    determined = each / np.maximum(each + noise, tiny)
+    return averages * determined, signal * (1 - determined)
 
 
 def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -41,6 +41,7 @@ Done = TypeVar("Done")
 BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
+UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
 
@@ -300,14 +301,30 @@ class Band:
         masked = to_device(self.state.maps * self.plan.mask, self.plan.device)
         padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
         grids = fourier.interpolation_grid(masked, self.r_max, padding)
-        make = fast_alignment.make_joint_reference if self.joint else fast_alignment.make_reference
-        unseen: list[Array | None] = [None] * len(grids)
-        if self.state.unseen is not None:
-            unseen = list(fourier.weight_grid(to_device(self.state.unseen, self.plan.device), self.r_max))
-        references: list[Reference] = [
-            make(g, padding, self.r_max, bandwidth, v) for g, v in zip(grids, unseen, strict=True)
-        ]
+        if self.joint:
+            unseen = self.unseen_grid
+            references: list[Reference] = [
+                fast_alignment.make_joint_reference(g, padding, self.r_max, bandwidth, unseen) for g in grids
+            ]
+        else:
+            references = [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
         return references, to_host(self.output.gather(fourier.transform(masked)))
+
+    @cached_property
+    def unseen_grid(self) -> Array | None:
+        """The power the averages are expected to have beside what they show, ready to be interpolated."""
+        if self.state.unseen is None:
+            return None
+        return fourier.weight_grid(to_device(self.state.unseen, self.plan.device), self.r_max)
+
+    @cached_property
+    def unseen(self) -> Array | None:
+        """Harmonics of `unseen_grid`: of all degrees where they are added to those of magnitudes."""
+        if self.unseen_grid is None:
+            return None
+        bandwidth = self.plan.bandwidth(self.r_max)
+        bandwidth = min(bandwidth, UNSEEN_BANDWIDTH) if self.joint else bandwidth
+        return fast_alignment.unseen_harmonics(self.unseen_grid, self.r_max, bandwidth)
 
     def observe(self, batch: Batch, spectra: Array) -> Observation:
         """The batch on the active support."""
@@ -318,7 +335,10 @@ class Band:
             # and neighbours, would add to |X| all the same.
             inside = fourier.inverse_transform(spectra * batch.weights[batch.weight_index], self.plan.box)
             magnitudes = abs(gather(fourier.transform(inside * self.reach)))
-        return Observation(self.support, gather(spectra), weights, batch.weight_index, batch.weight_ids, magnitudes)
+        index, unseen = batch.weight_index, None
+        if self.unseen is not None:
+            unseen = fast_alignment.unseen_gain(self.support, weights, index, self.precision, self.unseen)
+        return Observation(self.support, gather(spectra), weights, index, batch.weight_ids, magnitudes, unseen)
 
     def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:
         """Step 1 against one class."""

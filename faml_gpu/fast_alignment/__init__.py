@@ -9,6 +9,8 @@ from faml_gpu.fast_alignment.align import (
     make_reference,
     margin,
     single_best,
+    unseen_gain,
+    unseen_harmonics,
 )
 from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference
 from faml_gpu.fast_alignment.refine import carry_over, refine
@@ -30,6 +32,8 @@ __all__ = [
     "refine",
     "shift_window",
     "single_best",
+    "unseen_gain",
+    "unseen_harmonics",
 ]
 
 

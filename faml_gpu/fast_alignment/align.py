@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,44 +33,15 @@ KEPT_BYTES = 1 << 28  # of c1 kept for later batches: memory must not grow with 
 
 
 @dataclass(frozen=True)
-class Observation:
-    """A batch of particles on the active support.
-
-    spectra (B, M) complex64: X; weights (W, M) float32: w, of particle b the row weight_index[b] (B,) int64;
-    weight_ids: W names, the same for the same weight in any batch. magnitudes (B, M) float32: what rotational
-    matching takes for |X|, where that is not just |X| (of masked particles).
-    """
-
-    support: Support
-    spectra: Array
-    weights: Array
-    weight_index: Array
-    weight_ids: tuple[str, ...]
-    magnitudes: Array | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One class average, ready to be matched.
-
-    grid: its `fourier.interpolation_grid`; magnitude, power: coefficients (r_max, L, n_l) of |A| and |A|^2
-    on shells of integer radius. unseen: of the power that A is expected to have but its particles have not shown, or
-    None (see `unseen_gain`).
-    """
-
-    grid: Array
-    padding: int
-    bandwidth: int
-    magnitude: Array
-    power: Array
-    unseen: Array | None = field(default=None, kw_only=True)
-
-
-@dataclass(frozen=True)
 class UnseenGain:
-    """Nats by which the part of a class that is still unseen is expected to lower the residual, for every rotation.
+    """Nats by which what is still unseen of an average is expected to lower the residual: 1/2 sum w^2 / sigma^2 R(v).
 
-    table (W, 2L, 2L, 2L) on the SO(3) grid; index (B,): its entry of each particle.
+    v is the unseen power. An average explains of a particle only what it has been shown. Were that all, each particle
+    would score best where the others lie, and an average that starts with a missing wedge would keep it. The right
+    orientation is expected to gain as much from the unseen part as from the seen (`maximization.wiener_average`), so
+    this is added wherever orientations are compared; to the reported likelihood it is not.
+
+    table (W, 2L, 2L, 2L) on the SO(3) grid for W weights; index (B,): that of each particle.
     """
 
     table: Array
@@ -84,13 +55,51 @@ class UnseenGain:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """A batch of particles on the active support.
+
+    spectra (B, M) complex64: X; weights (W, M) float32: w, of particle b the row weight_index[b] (B,) int64;
+    weight_ids: W names, the same for the same weight in any batch. magnitudes (B, M) float32: what rotational
+    matching takes for |X|, where that is not just |X| (of masked particles). unseen: None where all is seen.
+    """
+
+    support: Support
+    spectra: Array
+    weights: Array
+    weight_index: Array
+    weight_ids: tuple[str, ...]
+    magnitudes: Array | None = None
+    unseen: UnseenGain | None = None
+
+    def expected_gain(self, rotations: Array) -> Array:
+        """(B, n) of what is unseen, for rotations (B, n, 3, 3)."""
+        if self.unseen is None:
+            return namespace(rotations).zeros(rotations.shape[:2])
+        return self.unseen.at(rotations)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One class average, ready to be matched.
+
+    grid: its `fourier.interpolation_grid`; magnitude, power: coefficients (r_max, L, n_l) of |A| and |A|^2
+    on shells of integer radius.
+    """
+
+    grid: Array
+    padding: int
+    bandwidth: int
+    magnitude: Array
+    power: Array
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The set of poses per particle: rotations (B, n, 3, 3), shifts (B, n, 3) voxels, count (B,) how many.
 
     correlation (B, n): wedge-constrained correlation coefficient of each, what `fa` ranks by.
     gain (B, n): by how many nats each lowers -1/2 sum w^2 |X - RA|^2 / sigma^2 against no reference at all, inf where
     that is not known. Known to the parabolas of the shift search, it is no posterior, but tells what cannot matter.
-    unseen: what the class's unseen part is expected to add to it; None where all is seen.
     """
 
     rotations: Array
@@ -98,7 +107,6 @@ class Candidates:
     correlation: Array
     count: Array
     gain: Array | None = None
-    unseen: UnseenGain | None = None
 
     def known_gain(self) -> Array:
         """`gain`, a copy: inf where it is not known, -inf where there is no candidate."""
@@ -106,12 +114,6 @@ class Candidates:
         n = self.rotations.shape[1]
         gain = xp.full(self.rotations.shape[:2], np.inf) if self.gain is None else self.gain
         return xp.where(xp.arange(n) < self.count[:, None], gain, -np.inf)
-
-    def expected_gain(self) -> Array:
-        """(B, n): of the class's unseen part, 0 where all is seen."""
-        if self.unseen is None:
-            return namespace(self.rotations).zeros(self.rotations.shape[:2])
-        return self.unseen.at(self.rotations)
 
 
 def margin(gain: Array) -> Array:
@@ -123,24 +125,18 @@ def margin(gain: Array) -> Array:
     return 30 + 0.05 * xp.maximum(xp.where(xp.isfinite(gain), gain, 0), 0)
 
 
-def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int, unseen: Array | None = None) -> Reference:
-    """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid.
-
-    unseen: `fourier.weight_grid` of the power that is still unseen.
-    """
+def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
+    """Harmonic coefficients of |A| and |A|^2 from the class average's interpolation grid."""
     xp = namespace(grid)
     sphere = sphere_grid(bandwidth, device=device_of(grid))
     radii = xp.arange(1, r_max + 1, dtype=np.float64)
     points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
     values = abs(ops.rotate(grid, xp.eye(3)[None], points, padding)[0]).reshape(r_max, -1)
-    coefficients = [sphere.coefficients(values), sphere.coefficients(values**2)]
-    return Reference(grid, padding, bandwidth, *coefficients, unseen=unseen_harmonics(unseen, r_max, bandwidth))
+    return Reference(grid, padding, bandwidth, sphere.coefficients(values), sphere.coefficients(values**2))
 
 
-def unseen_harmonics(unseen: Array | None, r_max: int, bandwidth: int) -> Array | None:
-    """Coefficients (r_max, L, n_l) of the unseen power on shells of integer radius."""
-    if unseen is None:
-        return None
+def unseen_harmonics(unseen: Array, r_max: int, bandwidth: int) -> Array:
+    """Coefficients (r_max, L, n_l) of the unseen power, a `fourier.weight_grid`, on shells of integer radius."""
     xp = namespace(unseen)
     sphere = sphere_grid(bandwidth, device=device_of(unseen))
     radii = xp.arange(1, r_max + 1, dtype=np.float64)
@@ -149,19 +145,10 @@ def unseen_harmonics(unseen: Array | None, r_max: int, bandwidth: int) -> Array 
     return sphere.coefficients(xp.ascontiguousarray(values).reshape(r_max, -1))
 
 
-def unseen_gain(observation: Observation, reference: Reference, precision: Array) -> UnseenGain | None:
-    """1/2 sum w^2 / sigma^2 R(v) on the SO(3) grid for each weight of the batch, v the class's unseen power.
-
-    A class explains of a particle only what it has been shown. Were that all, each particle would score best where the
-    others lie, and an average that starts with a missing wedge would keep it. The right orientation is expected to gain
-    as much from the unseen part as from the seen (`maximization.wiener_average`), so this is added wherever
-    orientations are compared; to the reported likelihood it is not.
-    """
-    if reference.unseen is None:
-        return None
-    harmonics = shell_harmonics(observation.support, reference.bandwidth)
-    squared = observation.weights**2 * precision
-    return UnseenGain(0.5 * correlate(harmonics.coefficients(squared), reference.unseen), observation.weight_index)
+def unseen_gain(support: Support, weights: Array, index: Array, precision: Array, unseen: Array) -> UnseenGain:
+    """Of the weights (W, M) of a batch, from the coefficients `unseen_harmonics`."""
+    harmonics = shell_harmonics(support, unseen.shape[1])
+    return UnseenGain(0.5 * correlate(harmonics.coefficients(weights**2 * precision), unseen), index)
 
 
 def normalised_scores(
@@ -171,12 +158,12 @@ def normalised_scores(
     *,
     centred: bool,
     kept: dict[str, Array] | None = None,
-    unseen: UnseenGain | None = None,
 ) -> Array:
     """c~ = c~0 / c~1 (Eq. 1-2 with magnitudes) on the SO(3) grid.
 
     c~0 = sum w^2 |X| |RA| bounds the correlation from above whatever the shift (triangle inequality);
     c~1^2 = sum w^2 R(|A|^2). Both are weighted by the precision, 1 / sigma^2 of each voxel's shell.
+    What is unseen of the average counts as if it matched: its share is added to both.
 
     Parameters
     ----------
@@ -188,8 +175,6 @@ def normalised_scores(
         so without this c~0 mostly measures sum w |RA|.
     kept : dict, optional
         c~1 by weight name, filled and used: c~1 depends on the class and the weight only.
-    unseen : UnseenGain, optional
-        The unseen part of the class counts as if it matched: its share is added to c~0 and c~1^2.
 
     Returns
     -------
@@ -198,7 +183,7 @@ def normalised_scores(
     """
     xp = namespace(observation.spectra)
     support, harmonics = observation.support, shell_harmonics(observation.support, reference.bandwidth)
-    kept = {} if kept is None else kept
+    kept, unseen = {} if kept is None else kept, observation.unseen
     missing = [i for i, name in enumerate(observation.weight_ids) if name not in kept]
     if missing:
         weights = xp.stack([observation.weights[i] for i in missing])
@@ -249,15 +234,14 @@ def align(
     """
     xp = namespace(observation.spectra)
     with step("rotational matching"):
-        unseen = unseen_gain(observation, reference, precision)
-        scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept, unseen=unseen)
+        scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept)
     with step("peaks"):
         # Closer than one step of alpha is one candidate.
         angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
         rotations = xp.asarray(euler_to_matrix(to_host(angles)))
     with step("translations"):
         shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, count)
-    return Candidates(rotations, shifts, correlation, count, gain, unseen)
+    return Candidates(rotations, shifts, correlation, count, gain)
 
 
 def _best_shifts(

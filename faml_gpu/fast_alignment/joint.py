@@ -26,9 +26,6 @@ from faml_gpu.fast_alignment.align import (
     Candidates,
     Observation,
     Reference,
-    UnseenGain,
-    unseen_gain,
-    unseen_harmonics,
 )
 from faml_gpu.fast_alignment.harmonics import sphere_grid
 from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
@@ -169,7 +166,7 @@ def make_joint_reference(
 ) -> JointReference:
     """Harmonic coefficients of A and |A|^2 on shells half a Fourier voxel apart, up to the coarse band.
 
-    unseen: `fourier.weight_grid` of the power that is still unseen; it is taken off |A|^2 (see `unseen_gain`).
+    unseen: `fourier.weight_grid` of the power that is still unseen; it is taken off |A|^2 (see `UnseenGain`).
     """
     xp = namespace(grid)
     r, bandwidth = min(r_max, COARSE_R), min(bandwidth, COARSE_L)
@@ -195,8 +192,7 @@ def make_joint_reference(
     phases = xp.where(even, sphere.coefficients(values.real), sphere.coefficients(values.imag))
     powers = xp.where(even, sphere.coefficients(power), 0)
     empty = xp.zeros(0, np.complex64)
-    coefficients = unseen_harmonics(unseen, r_max, bandwidth)
-    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r, unseen=coefficients)
+    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r)
 
 
 def quadrature(bandwidth: int) -> NDArray[np.float64]:
@@ -399,7 +395,6 @@ class _Scorer:
     zeta: float
     fine: float  # spacing of the lattice that covers all shifts
     n_shifts: int  # best shifts kept of each rotation
-    unseen: UnseenGain | None
 
     def _window(self, spacing: float, reach: int) -> ShiftWindow:
         support = self.observation.support
@@ -427,9 +422,8 @@ class _Scorer:
             weight = self.weight[o.weight_index[particle[part]]]
             power = 2 * (weight * (rotated.real**2 + rotated.imag**2)).sum(axis=1, dtype=np.float64)
             worth = -0.5 * power
-            if self.unseen is not None:
-                index = self.unseen.index[particle[part]]
-                worth += interpolate(self.unseen.table, index, rotations[part])
+            if o.unseen is not None:
+                worth += interpolate(o.unseen.table, o.unseen.index[particle[part]], rotations[part])
             cross = weight * o.spectra[particle[part]] * rotated.conj()
             cross *= _shift_phases(o.support, centre[part])
             place = line[:, None, None] + centre[part].T  # (t, 3, n)
@@ -521,9 +515,7 @@ def integrate(
         # How much of the mass these cells hold, as far as harmonics tell.
         log_share = _logsumexp(of_chosen) - _logsumexp(coarse_mass)
         fine = support.box / (FINE_STEP * support.r_max)
-        unseen = unseen_gain(observation, reference, precision)
-        weight = observation.weights**2 * precision
-        scorer = _Scorer(observation, reference, weight, radius, zeta, fine, n_shifts, unseen)
+        scorer = _Scorer(observation, reference, observation.weights**2 * precision, radius, zeta, fine, n_shifts)
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
         cells = _score_cells(
             scorer,
@@ -644,8 +636,7 @@ def _candidates(
     shifts = cells.shift.reshape(b, -1, 3)[rows, order]
     value = cells.value.reshape(b, -1)[rows, order]
     gain = value + (shifts**2).sum(axis=-1) / (2 * scorer.zeta**2)
-    if scorer.unseen is not None:
-        gain -= scorer.unseen.at(rotations)
+    gain -= observation.expected_gain(rotations)
     gain = xp.where(kept, gain, -np.inf)
     power = xp.take_along_axis(cells.power, cell, axis=1)
     own = 2 * (scorer.weight[observation.weight_index] * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
@@ -659,7 +650,6 @@ def _candidates(
 
     candidates = Candidates(
         padded(rotations, 0.0), padded(shifts, 0.0), padded(correlation, 0.0), count, padded(gain, -np.inf),
-        scorer.unseen,
     )  # fmt: skip
     return candidates, padded(log_volumes, -np.inf)
 

@@ -6,8 +6,6 @@ in some iterations the right pose is not among the best 50 at all. Both cost the
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,7 +41,7 @@ def carry_over(
     new_rotations, new_shifts, correlation, total, gain = (
         xp.asarray(a) for a in (new_rotations, new_shifts, correlation, total, gain)
     )
-    return Candidates(new_rotations, new_shifts, correlation, total, gain, candidates.unseen)
+    return Candidates(new_rotations, new_shifts, correlation, total, gain)
 
 
 def refine(
@@ -88,13 +86,12 @@ def refine(
             support,
             reference.padding,
         )
-        residual = shells @ by_shell
-        return residual if candidates.unseen is None else residual - 2 * candidates.unseen.at(rotations)
+        return shells @ by_shell - 2 * observation.expected_gain(rotations)
 
     with step("refine"):
         b, n = candidates.rotations.shape[:2]
         m = min(n_refined, n)
-        rows, gain = xp.arange(b)[:, None], candidates.known_gain() + candidates.expected_gain()
+        rows, gain = xp.arange(b)[:, None], candidates.known_gain() + observation.expected_gain(candidates.rotations)
         n_first = min(n, 2 * m + int((gain == np.inf).sum(axis=1).max())) if b else 0
         first = xp.argsort(-gain, axis=1)[:, :n_first]
         count = xp.minimum(candidates.count, n_first)
@@ -135,8 +132,8 @@ def refine(
         moved_r, moved_t = candidates.rotations.copy(), candidates.shifts.copy()
         moved_r[rows, top], moved_t[rows, top] = rotations, shifts
         gain[rows, top] = 0.5 * (nothing - best)
-        moved = replace(candidates, rotations=moved_r, shifts=moved_t)
-        return replace(moved, gain=gain - moved.expected_gain())
+        gain -= observation.expected_gain(moved_r)
+        return Candidates(moved_r, moved_t, candidates.correlation, candidates.count, gain)
 
 
 def _without_reference(observation: Observation, precision: Array) -> Array:
