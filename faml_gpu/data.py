@@ -164,7 +164,7 @@ class IterationRecord:
     bandwidth: int
     candidates: float  # mean per particle and class
     changed_class: float  # share of particles
-    pose_change: float  # median, degrees
+    pose_change: float  # median angle to the nearest pose of the iteration before, degrees
     map_correlation: list[float]  # with the previous averages, per class
     near_identity: float  # share of poses within 10 degrees of the identity
     coverage: list[float]  # share of each class's Fourier voxels observed at least once

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import maximization
-from faml_gpu.data import Checkpoint, IterationRecord, Posterior, State, best_poses
+from faml_gpu.data import BestPoses, Checkpoint, IterationRecord, Posterior, State, best_poses
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.plan import Band, Clock, Plan
 
@@ -32,7 +32,7 @@ def record(
     last, now = best_poses(before.posterior), best_poses(posterior)
     bandwidth = plan.bandwidth(band.r_max)
     changed = float((last.classes != now.classes).mean())
-    pose_change = float(np.median(rotation_angle(last.rotations, now.rotations)))
+    pose_change = float(np.median(_pose_change(before.posterior, now)))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.
     # The last change was not one of the band: this iteration and the one before both had all of it.
@@ -63,6 +63,18 @@ def record(
         converged=bool(settled),
         seconds={name: round(s, 4) for name, s in clock.seconds.items()},
     )
+
+
+def _pose_change(before: Posterior, now: BestPoses) -> NDArray[np.float64]:
+    """Angle (N,) of each best pose to the nearest the particle had before, degrees; 180 in another class.
+
+    Not to the best it had: a symmetric particle has several as good as that, and changes between them for ever.
+    """
+    angles = rotation_angle(before.rotations, now.rotations[before.particle])
+    angles = np.where(before.class_index == now.classes[before.particle], angles, 180.0)
+    nearest = np.full(len(now.classes), 180.0)
+    np.minimum.at(nearest, before.particle, angles)
+    return nearest
 
 
 def converged(history: list[IterationRecord]) -> bool:

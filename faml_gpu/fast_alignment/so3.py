@@ -77,8 +77,7 @@ def interpolate(table: Array, index: Array, rotations: Array) -> Array:
             weight = weight * (x - low if step else 1 - (x - low))
         over = (row < 0) | (row >= n)
         half = xp.where(over, n // 2, 0)
-        row = xp.where(row < 0, -1 - row, xp.where(row >= n, 2 * n - 1 - row, row))
-        out += weight * table[index, row, (column + half) % n, (depth + half) % n]
+        out += weight * table[index, xp.clip(row, 0, n - 1), (column + half) % n, (depth + half) % n]
     return out
 
 

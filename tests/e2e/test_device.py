@@ -55,6 +55,7 @@ def assert_same(found: Result, expected: Result) -> None:
     [
         {},
         {"preset": "paper"},
+        {"sampler": "magnitude"},
         {"method": "fa"},
         {"n_classes": 1, "normalize": False, "invert": True, "padding": 1},
     ],
@@ -78,12 +79,12 @@ def test_too_little_memory_halves_the_batch(
     particles: ArrayParticles, emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(plan.BATCH_SHARE, "cuda", 1e6)  # the batch is as large as the card seems
-    expected = run(particles, "cpu")
-    run(particles, "cuda")
+    expected = run(particles, "cpu", sampler="magnitude")
+    run(particles, "cuda", sampler="magnitude")
     for share in (0.8, 0.6):
         emulated_gpu.memory = int(share * emulated_gpu.peak)
         freed = emulated_gpu.pool_freed
-        assert_same(run(particles, "cuda"), expected)
+        assert_same(run(particles, "cuda", sampler="magnitude"), expected)
         assert emulated_gpu.pool_freed > freed
 
 
@@ -126,7 +127,12 @@ def test_boxes_cross_once_and_sums_come_back_once(particles: ArrayParticles, emu
 
 def test_profiler_ranges_carry_the_names_of_the_steps(particles: ArrayParticles, emulated_gpu: Any) -> None:
     run(particles, "cuda", iterations=1)
+    run(particles, "cuda", iterations=1, sampler="magnitude")
     steps = [
+        "pose integral",
+        "joint: all rotations",
+        "joint: cells",
+        "joint: refine",
         "references",
         "read",
         "fast alignment",

@@ -1,0 +1,28 @@
+"""The record of an iteration: how far poses moved."""
+
+import numpy as np
+
+from faml_gpu.data import BestPoses, Posterior
+from faml_gpu.geometry import euler_to_matrix
+from faml_gpu.history import _pose_change
+
+
+def about_z(degrees):
+    return euler_to_matrix(np.deg2rad([degrees, 0, 0]))
+
+
+def test_pose_change_is_to_the_nearest_pose_before_in_the_same_class():
+    """Particle 0 changes between two poses as good as each other, 1 turns by 7 degrees, 2 changes class."""
+    degrees = [0, 120, 240, 50, 10]
+    before = Posterior(
+        particle=np.array([0, 0, 0, 1, 2]),
+        class_index=np.array([0, 0, 0, 1, 1]),
+        rotations=np.stack([about_z(d) for d in degrees]),
+        shifts=np.zeros((5, 3)),
+        probability=np.array([0.34, 0.33, 0.33, 1, 1]),
+        log_likelihood=np.zeros(3),
+        class_probability=np.eye(2)[[0, 1, 1]],
+        n_significant=np.ones(3, np.int64),
+    )
+    now = BestPoses(np.array([0, 1, 0]), np.stack([about_z(d) for d in (239, 57, 10)]), np.zeros((3, 3)), np.ones(3))
+    np.testing.assert_allclose(_pose_change(before, now), [1, 7, 180], atol=1e-6)
