@@ -59,7 +59,7 @@ def assert_same(found: Result, expected: Result) -> None:
         {"method": "fa"},
         {"n_classes": 1, "normalize": False, "invert": True, "padding": 1},
     ],
-    ids=["default", "paper", "fa", "average"],
+    ids=["default", "paper", "magnitude", "fa", "average"],
 )
 def test_a_run_on_a_gpu_is_that_on_the_cpu(particles: ArrayParticles, device: Any, options: dict[str, Any]) -> None:
     assert_same(run(particles, "cuda", **options), run(particles, "cpu", **options))
