@@ -130,11 +130,12 @@ class Shared:
         ),
     ] = None
     update: Annotated[
-        Literal["ratio", "wiener", "printed"] | None,
+        Literal["explore", "ratio", "wiener", "printed"] | None,
         typer.Option(
-            help="How averages are made. wiener: noise held down, no orientation favoured because of the missing "
-            "wedge. ratio: divided by their coverage. printed: the paper's Eq. 10.",
-            show_default="wiener, paper printed",
+            help="How averages are made. ratio: divided by their coverage. wiener: besides, noise held down, and no "
+            "orientation favoured because of the missing wedge. explore: wiener at first, then ratio. printed: the "
+            "paper's Eq. 10.",
+            show_default="explore, paper printed",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None

@@ -160,10 +160,10 @@ def maximize(
     plan: Plan, band: Band, old: State, total: maximization.Accumulators, old_averages: NDArray[np.complex64]
 ) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
-    choices, unseen = plan.options.choices, None
-    if choices.update == "ratio":
+    choices, update, unseen = plan.options.choices, plan.update(old.iteration + 1), None
+    if update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
-    elif choices.update == "wiener":
+    elif update == "wiener":
         shell = to_host(band.output.shell)
         averages, power = maximization.wiener_average(total.sums, total.weights, total.mass, old.sigma2, shell)
         unseen = to_host(band.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real)

@@ -32,7 +32,7 @@ class Preset:
     noise: Literal["shell", "single"]
     band: Literal["growing", "full"]
     measure: Literal["haar", "euler"]
-    update: Literal["ratio", "wiener", "printed"]
+    update: Literal["explore", "ratio", "wiener", "printed"]
     sampler: Literal["magnitude", "joint"]
     poses: Literal["refined", "grid"]
     regularization: float
@@ -40,7 +40,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "wiener", "joint", "refined", 1.0, "rule"),
+    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule"),
     "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed"),
 }
 
@@ -59,8 +59,9 @@ class Options:
         (default: by preset; `fa` takes "magnitude")
     update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
         one step; the same with noise held down and no orientation favoured for being seen ("wiener", see
-        `maximization.wiener_average`); or Eq. 10 as "printed", which fills the missing wedge from the old average and
-        so moves only part of the way, and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
+        `maximization.wiener_average`); "explore", the second for the first quarter of the iterations, then the first;
+        or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of the way,
+        and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
     seed : of all randomness
     device : "auto", "cpu" or "cuda[:i]"
@@ -81,7 +82,7 @@ class Options:
     method: Literal["faml", "fa"] = "faml"
     preset: Literal["default", "paper"] = "default"
     sampler: Literal["magnitude", "joint"] | None = None
-    update: Literal["ratio", "wiener", "printed"] | None = None
+    update: Literal["explore", "ratio", "wiener", "printed"] | None = None
     iterations: int = 20
     seed: int = 0
     device: str = "auto"
@@ -103,10 +104,10 @@ class Options:
             (self.preset in PRESETS, "preset", self.preset, " or ".join(map(repr, PRESETS))),
             (self.sampler in (None, "magnitude", "joint"), "sampler", self.sampler, "'magnitude' or 'joint'"),
             (
-                self.update in (None, "ratio", "wiener", "printed"),
+                self.update in (None, "explore", "ratio", "wiener", "printed"),
                 "update",
                 self.update,
-                "'ratio', 'wiener' or 'printed'",
+                "'explore', 'ratio', 'wiener' or 'printed'",
             ),
             (
                 not (self.sampler == "joint" and self.method == "fa"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ Done = TypeVar("Done")
 BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
+EXPLORED = 0.25  # of the iterations, see `Plan.update`
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -115,6 +116,17 @@ class Plan:
         last = max(1, round(0.6 * self.options.iterations))
         grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, last - 1)
         return int(min(self.r_final, np.floor(grown + 1e-9)))
+
+    def update(self, iteration: int) -> Literal["ratio", "wiener", "printed"]:
+        """How the averages are made at the end of an iteration.
+
+        To `explore`, no orientation is favoured at first for being seen. Later the averages have to hold what is still
+        mostly noise: the seven-fold axis of a GroEL that the Wiener factor takes for noise never shows.
+        """
+        chosen = self.options.choices.update
+        if chosen == "explore":
+            return "wiener" if iteration <= EXPLORED * self.options.iterations else "ratio"
+        return chosen
 
     def bandwidth(self, r_max: int) -> int:
         """L: given, 36 (`paper`), or enough for the band and the mask, at most 36."""
