@@ -15,10 +15,10 @@ import faml_gpu.fast_alignment  # noqa: F401  (its module `align` is looked up b
 from faml_gpu import maximization
 from faml_gpu.data import Result
 from faml_gpu.faml import run
-from faml_gpu.geometry import rotation_angle
+from faml_gpu.geometry import euler_to_matrix, rotation_angle
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
-from faml_gpu.simulate import ribosome, simulate_particles
+from faml_gpu.simulate import groel, ribosome, simulate_particles
 
 
 def after_five_iterations(snr: float, preset: str) -> Result:
@@ -61,3 +61,23 @@ def test_what_locks() -> None:
         )
         patch.setattr(sys.modules["faml_gpu.fast_alignment.align"], "FLOOR", 1.0)
         assert near_identity(after_five_iterations(0.02, "paper")) > 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("update", "lowest", "highest"), [("explore", 0.98, 1.0), ("ratio", 0.0, 0.92)])
+def test_particles_that_all_stand_upright(update: str, lowest: float, highest: float) -> None:
+    """GroEL about its own axis, the tilt axis, +-40 degrees: turned against each other they fill Fourier space.
+
+    As they lie they explain each other best, and do so for good unless what is unseen counts ("ratio").
+    """
+    rng = np.random.default_rng(1)
+    about = np.zeros((30, 3))
+    about[:, 1] = rng.uniform(0, 2 * np.pi, 30)
+    upright = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # the phantom's axis, z, to y
+    simulation = simulate_particles(
+        [groel()], [30], box=24, voxel_size=14.0, snr=0.02, tilt_range=(-40.0, 40.0), max_shift=1.0, seed=1,
+        rotations=euler_to_matrix(about) @ upright,
+    )  # fmt: skip
+    particles = ArrayParticles(simulation.boxes, simulation.voxel_size, simulation.weight)
+    options = Options(iterations=12, mask_radius=125.0, resolution=42.0, update=update)  # type: ignore[arg-type]
+    assert lowest <= run(particles, options).history[-1].coverage[0] <= highest

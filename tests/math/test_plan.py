@@ -110,3 +110,30 @@ def test_kept_scores_are_bounded_and_right(rng, monkeypatch):
             with_kept, normalised_scores(seen, reference, precision, centred=True), rtol=1e-4, atol=1e-4
         )
         assert len(kept) == min(len(set(kept) | set(seen.weight_ids)), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["wiener"] * 3 + ["ratio"] * 9),
+        ({"update": "wiener"}, ["wiener"] * 12),
+        ({"preset": "paper"}, ["printed"] * 12),
+        ({"preset": "paper", "update": "explore"}, ["wiener"] * 3 + ["ratio"] * 9),
+        ({"method": "fa"}, ["ratio"] * 12),
+    ],
+)
+def test_update_explores_for_a_quarter_of_the_iterations(particles, options, expected):
+    plan = Plan.make(particles, Options(mask_radius=50, max_shift=20, iterations=12, **options))
+    assert [plan.update(i) for i in range(1, 13)] == expected
+
+
+def test_fa_takes_the_magnitude_sampler():
+    assert Options(method="fa").choices.sampler == "magnitude"
+    assert Options().choices.sampler == "joint"
+    assert Options(preset="paper").choices.sampler == "magnitude"
+    assert Options(preset="paper", sampler="joint").choices.sampler == "joint"
+    for name in ("sampler", "update"):
+        with pytest.raises(InputError, match=f"option {name}"):
+            Options(**{name: "best"})
+    with pytest.raises(InputError, match="option sampler: found 'joint'"):
+        Options(method="fa", sampler="joint")
