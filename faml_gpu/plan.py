@@ -121,11 +121,13 @@ class Plan:
         """How the averages are made at the end of an iteration.
 
         To `explore`, no orientation is favoured at first for being seen. Later the averages have to hold what is still
-        mostly noise: the seven-fold axis of a GroEL that the Wiener factor takes for noise never shows.
+        mostly noise: the seven-fold axis of a GroEL that the Wiener factor takes for noise never shows. A start from a
+        map or from poses knows its orientations: nothing to explore.
         """
         chosen = self.options.choices.update
         if chosen == "explore":
-            return "wiener" if iteration <= EXPLORED * self.options.iterations else "ratio"
+            exploring = self.initial_lowpass is None and iteration <= EXPLORED * self.options.iterations
+            return "wiener" if exploring else "ratio"
         return chosen
 
     def bandwidth(self, r_max: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -125,6 +126,9 @@ def test_kept_scores_are_bounded_and_right(rng, monkeypatch):
 def test_update_explores_for_a_quarter_of_the_iterations(particles, options, expected):
     plan = Plan.make(particles, Options(mask_radius=50, max_shift=20, iterations=12, **options))
     assert [plan.update(i) for i in range(1, 13)] == expected
+    if options.get("update") != "wiener" and not options.get("method"):
+        known = replace(plan, initial_lowpass=60.0)  # from a map or from poses
+        assert [known.update(i) for i in range(1, 13)] == [{"wiener": "ratio"}.get(u, u) for u in expected]
 
 
 def test_fa_takes_the_magnitude_sampler():
