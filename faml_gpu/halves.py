@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import faml, fourier, maximization, metrics
-from faml_gpu.array_backend import Array, cpu_threads, to_host, use_device
+from faml_gpu.array_backend import cpu_threads, use_device
 from faml_gpu.data import Batch, BestPoses, Checkpoint, ParticleSource, Poses, Posterior, Progress, Result
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
@@ -32,11 +32,10 @@ from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.star import StarTable
 from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
-from faml_gpu.plan import SOFT_EDGE, Clock, Plan, resolve
-from faml_gpu.posteriors import select
+from faml_gpu.plan import SOFT_EDGE, Plan, resolve
 from faml_gpu.report.fsc import fsc_lines, write_fsc
 from faml_gpu.run_folder import OutputError
-from faml_gpu.starting import start
+from faml_gpu.starting import average_sums, start
 
 __all__ = [
     "Comparison",
@@ -248,7 +247,7 @@ def run_halves(
     moved = _in_frame(runs[1].posterior, rotation, shift)
     with cpu_threads(options.threads), use_device(device):
         sums = [
-            _sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress)
+            average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress)
             for number, posterior in ((1, runs[0].posterior), (2, moved))
         ]
     support = fourier.make_support(box, fourier.full_band(box))
@@ -312,23 +311,6 @@ def _joint_poses(half: Int64, first: BestPoses, second: BestPoses, rotation: Flo
         shifts[order],
         np.concatenate([first.probability, second.probability])[order],
     )
-
-
-def _sums(
-    plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None
-) -> tuple[NDArray[np.complex128], Float64, Float64]:
-    """Sums, weights (1, M) and mass (1,) of the M-step at full band over a posterior."""
-    support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
-    sums, weights = np.zeros((1, len(support)), np.complex128), np.zeros((1, len(support)))
-
-    def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
-        part = select(posterior, first, first + len(spectra))
-        return plan.rotate_back(part, batch, spectra, support, 1)
-
-    for s, w in plan.over_batches(particles, add, Clock(plan.device), progress, "averages"):
-        sums += to_host(s)
-        weights += to_host(w)
-    return sums, weights, np.array([posterior.probability.sum()])
 
 
 def _beyond(curves: FscCurves, shell: int, mask: Float32) -> bool:

@@ -11,7 +11,7 @@ from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, P
 from faml_gpu.plan import Clock, Plan
 from faml_gpu.posteriors import one_hot, select
 
-__all__ = ["final_averages", "start"]
+__all__ = ["average_sums", "final_averages", "start"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -70,6 +70,14 @@ def final_averages(
     plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
 ) -> Float32:
     """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage."""
+    averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress))
+    return plan.to_maps(averages, fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device))
+
+
+def average_sums(
+    plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
+) -> tuple[NDArray[np.complex128], NDArray[np.float64], NDArray[np.float64]]:
+    """Sums and weights (K, M) and mass (K,) of the M-step at full band over a posterior."""
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
@@ -85,4 +93,4 @@ def final_averages(
         sums += to_host(s)
         weights += to_host(w)
     mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
-    return plan.to_maps(maximization.direct_average(sums, weights, mass), support)
+    return sums, weights, mass
