@@ -117,8 +117,10 @@ def iterate(
 ) -> Checkpoint:
     """One iteration of Algorithm 1: Theta and the averages in, new Theta and the posterior out."""
     state, clock = checkpoint.state, Clock(plan.device)
-    band, rng = plan.band(state), plan.rng(state.iteration + 1)
-    points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
+    band = plan.band(state)
+    if not band.joint:
+        rng = plan.rng(state.iteration + 1)
+        points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
     with clock("references"):
         references, old = band.references()
     kept: list[dict[str, Array]] = [{} for _ in references]
