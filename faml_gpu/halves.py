@@ -34,7 +34,7 @@ from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
 from faml_gpu.plan import SOFT_EDGE, Plan, resolve
 from faml_gpu.report.fsc import fsc_lines, write_fsc
-from faml_gpu.run_folder import OutputError
+from faml_gpu.run_folder import writing
 from faml_gpu.starting import average_sums, start
 
 __all__ = [
@@ -368,7 +368,7 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
         f"{root}.mrc": result.final,
     }
     halves = list(maps)[:2]
-    try:
+    with writing(folder):
         for name, volume in maps.items():
             write_mrc(folder / name, volume, result.voxel_size)
         curves = write_fsc(
@@ -384,8 +384,6 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
                 "particles": [int((result.half == number).sum()) for number in (1, 2)],
             },
         )
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
     return [*(folder / name for name in maps), *curves]
 
 
@@ -460,11 +458,11 @@ def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
     OutputError
         The folder cannot be made, or a file cannot be written.
     """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
+    return written
 
 
 def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:

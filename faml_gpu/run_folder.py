@@ -33,7 +33,7 @@ from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
 
-__all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint", "writing"]
 
 FORMAT = 1  # of run.json and of the checkpoints
 CHECKPOINTS_KEPT = 2
@@ -85,7 +85,7 @@ class RunFolder:
             raise InputError(f"output {self.path}: found a file, expected a folder")
         if self._resume and not (self.path / "run.json").is_file():
             raise InputError(f"output {self.path}: found no run to go on with (no run.json); leave --resume out")
-        with _writing(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _acquire(self.path / LOCK)
         try:
@@ -153,7 +153,7 @@ class RunFolder:
         stem = f"run_it{checkpoint.state.iteration:03d}"
         self._write_maps(stem, checkpoint.state.maps, source.voxel_size)
         self._write_data(stem, checkpoint.posterior, source)
-        with _writing(self.path / f"{stem}_model.star"):
+        with writing(self.path / f"{stem}_model.star"):
             _write_model(self.path / f"{stem}_model.star", stem, checkpoint, source)
         write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
         self._write_run_json("running", checkpoint.history)
@@ -219,12 +219,12 @@ class RunFolder:
     def _write_maps(self, stem: str, maps: NDArray[np.float32], voxel_size: float) -> None:
         for k, volume in enumerate(maps, start=1):
             path = self.path / f"{stem}_class{k:03d}.mrc"
-            with _writing(path):
+            with writing(path):
                 write_mrc(path, volume, voxel_size)
 
     def _write_data(self, stem: str, posterior: Posterior, source: ParticleSource) -> None:
         path = self.path / f"{stem}_data.star"
-        with _writing(path):
+        with writing(path):
             write_particles_star(path, _table(source), particle_columns(posterior, source.voxel_size))
 
 
@@ -426,7 +426,8 @@ def _acquire(path: Path) -> int:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses to write there becomes an `OutputError` with the reason."""
     try:
         yield
     except OSError as error:
@@ -437,7 +438,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file that is seen whole or not at all, even if power fails."""
-    with _writing(path):
+    with writing(path):
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
         folder = os.open(path.parent, os.O_RDONLY)

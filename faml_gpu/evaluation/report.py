@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.evaluation.results import ClassScore, Evaluation, MapScore
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.mrc import write_mrc
-from faml_gpu.run_folder import OutputError
+from faml_gpu.run_folder import writing
 
 __all__ = ["Table", "make_folder", "print_tables", "tables", "write_evaluation"]
 
@@ -37,17 +35,9 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path}: found a file, expected a folder")
-    with _writing(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | os.PathLike[str], *, save_maps: bool = False) -> list[Path]:
@@ -68,7 +58,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | os.PathLike[str], *, 
     folder = make_folder(folder)
     written = [folder / "evaluation.json"]
     text = json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n"
-    with _writing(folder):
+    with writing(folder):
         with atomic_path(written[0]) as temporary:
             temporary.write_text(text, encoding="utf-8")
         if evaluation.maps:
