@@ -169,6 +169,24 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    symmetry: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Point group of the structure, imposed on the averages: Cn and Dn about z (a two-fold of Dn along x); "
+            "T, O, I1 and I2 with RELION's axes.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = "C1"
+    helix: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="Å DEGREES",
+            help="Rise and twist per subunit of a filament along z of the average, imposed from the middle of the box. "
+            "Start from poses or from a map that lies so.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     candidates: Annotated[
         int, typer.Option(help="Most poses tried per particle and class.", rich_help_panel=METHOD_PANEL)
     ] = 50

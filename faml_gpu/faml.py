@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import maximization, voronoi
+from faml_gpu import maximization, symmetry, voronoi
 from faml_gpu.array_backend import Array, cpu_threads, to_device, to_host, use_device
 from faml_gpu.data import (
     Batch,
@@ -28,7 +28,7 @@ from faml_gpu.history import converged, record
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import join, select
-from faml_gpu.starting import final_averages, start
+from faml_gpu.starting import final_averages, onto_axes, start
 
 __all__ = ["iterate", "run"]
 
@@ -151,10 +151,12 @@ def iterate(
         posteriors.append(posterior)
 
     with clock("maximization"):
-        total, merged = total.on_host(), join(posteriors)
+        total, merged = band.symmetrise(total.on_host()), join(posteriors)
         new = maximize(plan, band, state, total, old)
         likelihood = total.log_evidence + log_normaliser(total.observed, state.sigma2, state.zeta, total.n)
     row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
+    if plan.finds_axes(new.iteration):
+        new, merged = onto_axes(plan, band, new, merged)
     return Checkpoint(new, merged, [*checkpoint.history, row])
 
 
@@ -167,11 +169,14 @@ def maximize(
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
     elif update == "wiener":
         shell = to_host(band.output.shell)
-        averages, power = maximization.wiener_average(total.sums, total.weights, total.mass, old.sigma2, shell)
+        g = symmetry.order(band.symmetry)  # each particle shows the structure in g poses
+        averages, power = maximization.wiener_average(
+            g * total.sums, g * total.weights, g * total.mass, old.sigma2, shell
+        )
         unseen = to_host(band.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real)
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
-    maps = plan.to_maps(averages, band.output)
+    maps = plan.helical(plan.to_maps(averages, band.output))
     for k in np.nonzero(total.mass <= 0)[0]:
         maps[k] = old.maps[k]  # an empty class keeps its average, to be won back
     maps = plan.regularise(maps, total.mass, old.iteration + 1)

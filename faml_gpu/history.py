@@ -9,6 +9,7 @@ from faml_gpu import maximization
 from faml_gpu.data import BestPoses, Checkpoint, IterationRecord, Posterior, State, best_poses
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.plan import Band, Clock, Plan
+from faml_gpu.symmetry import point_group
 
 __all__ = ["converged", "record"]
 
@@ -32,7 +33,7 @@ def record(
     last, now = best_poses(before.posterior), best_poses(posterior)
     bandwidth = plan.bandwidth(band.r_max)
     changed = float((last.classes != now.classes).mean())
-    pose_change = float(np.median(_pose_change(before.posterior, now)))
+    pose_change = float(np.median(_pose_change(before.posterior, now, point_group(band.symmetry))))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.
     # The last change was not one of the band: this iteration and the one before both had all of it.
@@ -65,12 +66,14 @@ def record(
     )
 
 
-def _pose_change(before: Posterior, now: BestPoses) -> NDArray[np.float64]:
+def _pose_change(before: Posterior, now: BestPoses, group: NDArray[np.float64]) -> NDArray[np.float64]:
     """Angle (N,) of each best pose to the nearest the particle had before, degrees; 180 in another class.
 
-    Not to the best it had: a symmetric particle has several as good as that, and changes between them for ever.
+    Not to the best it had: a symmetric particle has several as good as that, and changes between them for ever. Copies
+    under the group that is imposed are the same.
     """
-    angles = rotation_angle(before.rotations, now.rotations[before.particle])
+    copies = before.rotations[:, None] @ group
+    angles = rotation_angle(copies, now.rotations[before.particle][:, None]).min(axis=1)
     angles = np.where(before.class_index == now.classes[before.particle], angles, 180.0)
     nearest = np.full(len(now.classes), 180.0)
     np.minimum.at(nearest, before.particle, angles)

@@ -71,6 +71,8 @@ class Options:
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)
+    symmetry : point group of the structure, with RELION's axes (`symmetry.point_group`)
+    helix : rise (Angstrom) and twist (degrees) per subunit of a filament along z of the average
     regularization : pull of the averages towards their mean, in particles that show the mean per particle of a class
         of average size, at the start; falls to 0 over the first 60 % of the iterations (default: by preset)
     padding : zero padding before interpolation in Fourier space
@@ -92,6 +94,8 @@ class Options:
     bandwidth: int | None = None
     candidates: int = 50
     max_shift: float | None = None
+    symmetry: str = "C1"
+    helix: tuple[float, float] | None = None
     regularization: float | None = None
     padding: int = 2
     invert: bool = False

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import fast_alignment, fourier, masks, maximization
+from faml_gpu import fast_alignment, fourier, masks, maximization, symmetry
 from faml_gpu.array_backend import (
     Array,
     device_of,
@@ -42,6 +42,7 @@ BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backen
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 EXPLORED = 0.25  # of the iterations, see `Plan.update`
+UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -113,9 +114,13 @@ class Plan:
         """Radius of the active support: grows linearly over the first 60 % of the iterations, or full at once."""
         if self.options.choices.band == "full":
             return self.r_final
-        last = max(1, round(0.6 * self.options.iterations))
-        grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, last - 1)
+        grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, self._last_growing - 1)
         return int(min(self.r_final, np.floor(grown + 1e-9)))
+
+    @property
+    def _last_growing(self) -> int:
+        """Iteration from which on the band is whole."""
+        return max(1, round(0.6 * self.options.iterations))
 
     def update(self, iteration: int) -> Literal["ratio", "wiener", "printed"]:
         """How the averages are made at the end of an iteration.
@@ -221,6 +226,45 @@ class Plan:
             weigh_twice=weigh_twice,
         )
 
+    def finds_axes(self, iteration: int) -> bool:
+        """Whether the averages are brought onto the axes of the point group at the end of an iteration.
+
+        In a start from nothing, once it has a structure: imposed on what is none yet, a symmetry makes its own, about
+        axes that need not be the particle's.
+        """
+        free = self.initial_lowpass is None and symmetry.order(self.options.symmetry) > 1
+        return free and iteration == self._without_symmetry
+
+    def symmetry(self, iteration: int) -> str:
+        """Point group that is imposed in an iteration."""
+        free = self.initial_lowpass is None and iteration <= self._without_symmetry
+        return "C1" if free else self.options.symmetry
+
+    @property
+    def _without_symmetry(self) -> int:
+        return max(1, round(UNSYMMETRIC * self.options.iterations))
+
+    def with_symmetry(self, name: str) -> Plan:
+        """The same plan for another point group."""
+        return replace(self, options=replace(self.options, symmetry=name))
+
+    def symmetrise(
+        self, sums: NDArray[np.complex128], weights: NDArray[np.float64], support: Support, name: str
+    ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+        """Sums and weights (K, M) of the M-step (on the host), as if particles lay in all copies under a group."""
+        group = symmetry.point_group(name)
+        if len(group) == 1:
+            return sums, weights
+        sums, weights = symmetry.symmetrise(sums, weights, support.to("cpu"), group, padding=self.options.padding)
+        return sums, weights
+
+    def helical(self, maps: Float32) -> Float32:
+        """Maps (K, N, N, N) with the helix imposed, if there is one."""
+        if self.options.helix is None:
+            return maps
+        rise, twist = self.options.helix
+        return np.stack([symmetry.impose_helix(m, rise / self.voxel_size, twist) for m in maps])
+
     def regularise(self, maps: Float32, mass: NDArray[np.float64], iteration: int) -> Float32:
         """Averages pulled towards their common mean (Scheres 2009), as if each had some more particles that show it.
 
@@ -306,6 +350,11 @@ class Band:
         return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
 
     @property
+    def symmetry(self) -> str:
+        """Point group of the averages."""
+        return self.plan.symmetry(self.state.iteration + 1)
+
+    @property
     def joint(self) -> bool:
         """Poses come from the joint grid, not from matched magnitudes."""
         return self.plan.options.choices.sampler == "joint"
@@ -358,13 +407,29 @@ class Band:
         """Step 1 against one class."""
         centred = self.plan.options.choices.magnitudes == "centred"
         n = self.plan.options.candidates
-        return fast_alignment.align(observation, reference, self.precision, self.window, n, centred=centred, kept=kept)
+        return fast_alignment.align(
+            observation,
+            reference,
+            self.precision,
+            self.window,
+            n,
+            centred=centred,
+            kept=kept,
+            symmetry=self.symmetry,
+        )
 
     def integrate(self, observation: Observation, references: list[Reference]) -> tuple[list[Candidates], list[Array]]:
         """Steps 1 and 2 in one: the pose integral against each class as weighted poses."""
-        n, shift, zeta = self.plan.options.candidates, self.plan.max_shift, self.state.zeta
         found = [
-            fast_alignment.integrate(observation, r, self.precision, max_shift=shift, zeta=zeta, n_candidates=n)
+            fast_alignment.integrate(
+                observation,
+                r,
+                self.precision,
+                max_shift=self.plan.max_shift,
+                zeta=self.state.zeta,
+                n_candidates=self.plan.options.candidates,
+                symmetry=self.symmetry,
+            )
             for r in references
             if isinstance(r, JointReference)
         ]
@@ -385,6 +450,11 @@ class Band:
                 fast_alignment.refine(observation, reference, found, self.precision, REFINED, self.plan.max_shift)
             )
         return refined
+
+    def symmetrise(self, total: maximization.Accumulators) -> maximization.Accumulators:
+        """Sums over all particles (on the host) as if these lay in all their symmetric copies."""
+        sums, weights = self.plan.symmetrise(total.sums, total.weights, self.output, self.symmetry)
+        return replace(total, sums=sums, weights=weights)
 
     def accumulate(
         self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array
@@ -445,6 +515,15 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
         r_start = int(np.clip(size / initial_lowpass, r_start, r_max))
     if options.choices.band == "full":
         r_start = r_max
+    symmetry.point_group(options.symmetry)
+    if options.helix is not None:
+        if initial_lowpass is None:
+            raise InputError(
+                "option helix: found a start from nothing, expected one from poses or from a map, filament along z"
+            )
+        symmetry.check_helix(options.helix[0] / voxel_size, box)
+        if options.symmetry.strip().upper()[0] not in "CD":
+            raise InputError(f"option symmetry: found {options.symmetry!r} with a helix, expected Cn or Dn")
     return resolved | {
         "mask_radius": radius,
         "regularization": options.choices.regularization if options.regularization is None else options.regularization,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import fourier, maximization
+from faml_gpu import fourier, maximization, symmetry
 from faml_gpu.array_backend import Array, to_host
 from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, Progress, State
-from faml_gpu.plan import Clock, Plan
+from faml_gpu.plan import Band, Clock, Plan
 from faml_gpu.posteriors import one_hot, select
+from faml_gpu.symmetry_axes import find_axes, in_frame, moved_onto_axes
 
-__all__ = ["average_sums", "final_averages", "start"]
+__all__ = ["average_sums", "final_averages", "onto_axes", "start"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -32,7 +35,7 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         if poses.classes is not None and set(poses.classes) == set(range(n_classes)):
             classes = poses.classes
     posterior = one_hot(classes, rotations, shifts, n_classes, known=poses is not None)
-    maps = final_averages(plan, particles, posterior)
+    maps = final_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior)
     # The paper takes one random particle and class; a curve per shell needs a few of them to be smooth.
     chosen = np.sort(rng.choice(n, min(n, 1 if plan.options.choices.noise == "single" else 20), replace=False))
     sigma2 = _initial_sigma2(plan, particles, chosen, maps, posterior)
@@ -71,13 +74,14 @@ def final_averages(
 ) -> Float32:
     """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage."""
     averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress))
-    return plan.to_maps(averages, fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device))
+    support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
+    return plan.helical(plan.to_maps(averages, support))
 
 
 def average_sums(
     plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64], NDArray[np.float64]]:
-    """Sums and weights (K, M) and mass (K,) of the M-step at full band over a posterior."""
+    """Sums and weights (K, M) and mass (K,) of the M-step at full band over a posterior, symmetry imposed."""
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
@@ -93,4 +97,18 @@ def average_sums(
         sums += to_host(s)
         weights += to_host(w)
     mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
-    return sums, weights, mass
+    return *plan.symmetrise(sums, weights, support, plan.options.symmetry), mass
+
+
+def onto_axes(plan: Plan, band: Band, state: State, posterior: Posterior) -> tuple[State, Posterior]:
+    """Averages and poses moved so that the axes of the structure's point group are where `symmetry` has them."""
+    group = symmetry.point_group(plan.options.symmetry)
+    support = fourier.make_support(plan.box, max(band.r_max, band.r_output))
+    maps = state.maps.copy()
+    for k, volume in enumerate(state.maps):
+        if not volume.any():
+            continue
+        axes = find_axes(volume, plan.mask, band.r_max, plan.bandwidth(band.r_max), group)
+        maps[k] = plan.to_maps(moved_onto_axes(volume, axes, group, support)[None], support)[0]
+        posterior = in_frame(posterior, axes, k)
+    return replace(state, maps=maps), posterior

@@ -23,13 +23,16 @@ from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, wei
 
 __all__ = [
     "asymmetric_unit",
+    "check_helix",
     "distinct",
     "expand",
     "helical_operators",
     "impose_helix",
+    "order",
     "point_group",
     "symmetrise",
     "unique_rotations",
+    "unit_share",
 ]
 
 Float32 = NDArray[np.float32]
@@ -37,6 +40,7 @@ Float64 = NDArray[np.float64]
 
 GOLDEN = (1 + 5**0.5) / 2
 LARGEST = 999  # n of Cn and Dn
+CENTRAL = 0.3  # of the box, along z: where a filament is neither cut by the box nor by the mask
 HELIX_EDGE = 3.0  # voxels over which the central part of a filament fades out, beyond its ends
 
 
@@ -102,6 +106,11 @@ def point_group(name: str) -> Float64:
             f"point group: found {name!r}, expected C1, C2 ... C{LARGEST}, D1 ... D{LARGEST}, T, O, I1 or I2"
         )
     return _closed("I2" if wanted == "I" else wanted)
+
+
+def order(name: str) -> int:
+    """Number of rotations in a point group."""
+    return len(point_group(name))
 
 
 @cache
@@ -246,6 +255,30 @@ def asymmetric_unit(rotations: ArrayLike, group: Float64) -> Float64:
     return np.asarray(r @ group[np.argmax(np.round(traces, 9), axis=-1)])
 
 
+def unit_share(rotations: Array, group: Array, slack: float) -> tuple[Array, Array]:
+    """Whether rotations lie in the asymmetric unit or up to `slack` outside, and what each counts for.
+
+    That is one over the number of its equivalents that lie there, and 0 outside: a sum over the widened unit, each
+    rotation times its share, is the sum over the unit, without the jump at its border.
+
+    Parameters
+    ----------
+    rotations : (..., 3, 3) array
+    group : (g, 3, 3) array, the identity first
+    slack : degrees; how much farther from the identity than its nearest equivalent a rotation may be
+
+    Returns
+    -------
+    inside : (...) bool array
+    share : (...) float64 array, 0 to 1
+    """
+    xp = namespace(rotations)
+    traces = rotations.reshape(*rotations.shape[:-2], 9) @ group.swapaxes(-1, -2).reshape(-1, 9).T
+    angles = xp.degrees(xp.arccos(xp.clip((traces - 1) / 2, -1, 1)))
+    inside = angles <= angles.min(axis=-1, keepdims=True) + slack
+    return inside[..., 0], inside[..., 0] / inside.sum(axis=-1)
+
+
 def distinct(
     rotations: ArrayLike, shifts: ArrayLike, count: ArrayLike, group: Float64, *, angle: float, distance: float
 ) -> NDArray[np.bool_]:
@@ -295,13 +328,15 @@ def unique_rotations(
     Returns
     -------
     rotations : (B, n, 3, 3) float64 array, best first; the identity where there is none
-    count : (B,) int64 array
+    count : (B,) int64 array, at least 1 where there was a candidate
     """
     r = np.asarray(rotations, dtype=np.float64)
     traces = r.reshape(*r.shape[:2], 9) @ np.swapaxes(group, -1, -2).reshape(-1, 9).T
     angles = np.rad2deg(np.arccos(np.clip((traces - 1) / 2, -1, 1)))
     # What lies just outside may be the one copy that the grid has of a peak on the border.
-    kept = (angles[..., 0] <= angles.min(axis=-1) + angle) & (np.arange(r.shape[1]) < np.asarray(count)[:, None])
+    listed = np.arange(r.shape[1]) < np.asarray(count)[:, None]
+    kept = (angles[..., 0] <= angles.min(axis=-1) + angle) & listed
+    kept[:, 0] |= ~kept.any(axis=1) & listed[:, 0]
     r, found = _first(r, kept, 2 * n)
     kept = distinct(r, np.zeros((*r.shape[:2], 3)), found, group, angle=angle, distance=1.0)
     return _first(r, kept, n)
@@ -342,7 +377,23 @@ def helical_operators(rise: float, twist: float, n: int) -> tuple[Float64, Float
     return np.asarray(rotations), steps[:, None] * rise * axis
 
 
-def impose_helix(volume: ArrayLike, rise: float, twist: float, *, central: float = 0.3) -> Float32:
+def check_helix(rise: float, box: int, central: float = CENTRAL) -> None:
+    """Refuse a rise (voxels) with which the central part of the box does not hold a subunit.
+
+    Raises
+    ------
+    InputError
+    """
+    if not 0 < central <= 1:
+        raise InputError(f"helix: found a central part of {central:g} of the box, expected more than 0 and at most 1")
+    longest = min(central * box, box - 1)
+    if not 0 < abs(rise) <= longest:
+        raise InputError(
+            f"helix: found a rise of {rise:g} voxels, expected at most the central part of {longest:.1f} voxels, not 0"
+        )
+
+
+def impose_helix(volume: ArrayLike, rise: float, twist: float, *, central: float = CENTRAL) -> Float32:
     """A filament along z whose every part is the mean of the copies of the box's central part.
 
     Only the middle of a box holds all of a filament: its ends are cut by the box and the mask. Each voxel becomes the
@@ -370,14 +421,8 @@ def impose_helix(volume: ArrayLike, rise: float, twist: float, *, central: float
     """
     values = np.asarray(volume, dtype=np.float32)
     box = len(values)
+    check_helix(rise, box, central)
     half = central * box / 2
-    if not 0 < central <= 1:
-        raise InputError(f"helix: found a central part of {central:g} of the box, expected more than 0 and at most 1")
-    longest = min(2 * half, box - 1)
-    if not 0 < abs(rise) <= longest:
-        raise InputError(
-            f"helix: found a rise of {rise:g} voxels, expected at most the central part of {longest:.1f} voxels, not 0"
-        )
     line = np.arange(box) - box // 2
     y, x = np.meshgrid(line, line, indexing="ij")
     spline = ndimage.spline_filter(values, order=3, output=np.float64)

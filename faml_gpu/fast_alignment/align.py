@@ -13,6 +13,7 @@ from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import euler_to_matrix
+from faml_gpu.symmetry import point_group, unique_rotations
 
 __all__ = [
     "Candidates",
@@ -216,6 +217,7 @@ def align(
     *,
     centred: bool,
     kept: dict[str, Array] | None = None,
+    symmetry: str = "C1",
 ) -> Candidates:
     """At most `n_candidates` good poses of each particle: local maxima of c~, each with its best shift.
 
@@ -226,6 +228,8 @@ def align(
     window : ShiftWindow
         The shifts searched.
     n_candidates : int
+    symmetry : str
+        Point group that the reference has: of poses that are copies of each other one is a candidate.
 
     Returns
     -------
@@ -237,8 +241,13 @@ def align(
         scores = normalised_scores(observation, reference, precision, centred=centred, kept=kept)
     with step("peaks"):
         # Closer than one step of alpha is one candidate.
-        angles, _, count = ops.peaks(scores, n_candidates, 180 / reference.bandwidth)
-        rotations = xp.asarray(euler_to_matrix(to_host(angles)))
+        apart, group = 180 / reference.bandwidth, point_group(symmetry)
+        angles, _, count = ops.peaks(scores, n_candidates * len(group), apart)
+        rotations = euler_to_matrix(to_host(angles))
+        if len(group) > 1:
+            rotations, found = unique_rotations(rotations, to_host(count), group, n_candidates, angle=apart)
+            count = xp.asarray(found)
+        rotations = xp.asarray(rotations)
     with step("translations"):
         shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, count)
     return Candidates(rotations, shifts, correlation, count, gain)

@@ -32,6 +32,7 @@ from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
+from faml_gpu.symmetry import point_group, unit_share
 
 __all__ = [
     "JointReference",
@@ -55,6 +56,7 @@ ROUNDS = 3
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
 LOCAL_REACH = 4  # points of a finer lattice to either side of the best shift
 MASS = 0.99  # of the posterior, held by the candidates
+OUTSIDE = 1e-6  # what a pose beyond the widened asymmetric unit counts for: its copy inside has the mass
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _d_table(bandwidth: int, device: str) -> Array:
 
 def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
-    for cached in (_phase_harmonics, _d_table, _interpolation):
+    for cached in (_phase_harmonics, _d_table, _first_cells):
         cached.cache_clear()
 
 
@@ -336,12 +338,19 @@ def cell_children(level: Array, pixel: Array, turn: Array) -> tuple[Array, Array
 
 
 @lru_cache(maxsize=2)
-def _interpolation(bandwidth: int, level: int, device: str) -> tuple[Array, Array, Array, Array]:
-    """All cells of a level (pixel, turn), and for the Euler grid's values there 8 places and weights (cells, 8)."""
+def _first_cells(bandwidth: int, level: int, symmetry: str, device: str) -> tuple[Array, Array, Array, Array, Array]:
+    """The cells of a level (pixel, turn) that cover the widened asymmetric unit, and the log of each one's share.
+
+    For the Euler grid's values in their centres 8 places and weights (cells, 8).
+    """
     n, side = 2 * bandwidth, 2**level
     pixel = np.repeat(np.arange(12 * side * side), 6 * side)
     turn = np.tile(np.arange(6 * side), 12 * side * side)
     r = cell_rotations(np.full(len(pixel), level), pixel, turn)
+    group, width = point_group(symmetry), _cell_width(level)
+    inside, _ = unit_share(r, group, 2 * width)
+    pixel, turn, r = pixel[inside], turn[inside], r[inside]
+    share = _log_share(r, group, width)
     beta = np.arccos(np.clip(r[:, 2, 2], -1, 1))
     alpha, gamma = np.arctan2(r[:, 1, 2], r[:, 0, 2]), np.arctan2(r[:, 2, 1], -r[:, 2, 0])
     where = [gamma * n / (2 * np.pi), alpha * n / (2 * np.pi), beta * n / np.pi - 0.5]
@@ -355,7 +364,7 @@ def _interpolation(bandwidth: int, level: int, device: str) -> tuple[Array, Arra
         # No centre of `_first_level` lies nearer to a pole than the first beta.
         places.append(((g % n) * n + a % n) * n + j)
         weights.append(weight)
-    found = pixel, turn, np.stack(places, axis=1), np.stack(weights, axis=1).astype(np.float32)
+    found = pixel, turn, share, np.stack(places, axis=1), np.stack(weights, axis=1).astype(np.float32)
     return tuple(to_device(x, device) for x in found)
 
 
@@ -395,6 +404,8 @@ class _Scorer:
     zeta: float
     fine: float  # spacing of the lattice that covers all shifts
     n_shifts: int  # best shifts kept of each rotation
+    group: Array  # (g, 3, 3): of the reference
+    slack: float  # degrees outside the asymmetric unit up to which there are cells
 
     def _window(self, spacing: float, reach: int) -> ShiftWindow:
         support = self.observation.support
@@ -468,6 +479,7 @@ def integrate(
     n_candidates: int,
     n_shifts: int = 1,
     rounds: int = ROUNDS,
+    symmetry: str = "C1",
 ) -> tuple[Candidates, Array]:
     """The posterior over rotations and shifts as weighted poses.
 
@@ -487,6 +499,8 @@ def integrate(
         At most so many of them with the same rotation.
     rounds : int
         How often cells are split.
+    symmetry : str
+        Point group that the reference has: poses are looked for in its asymmetric unit, each stands for its copies.
 
     Returns
     -------
@@ -506,16 +520,19 @@ def integrate(
         marginal = log_marginal(observation, reference, precision, shift_grid(radius, coarse), zeta)
     with step("joint: cells"):
         level = _first_level(reference.bandwidth)
-        pixel, turn, places, weights = _interpolation(reference.bandwidth, level, device)
+        pixel, turn, part, places, weights = _first_cells(reference.bandwidth, level, symmetry, device)
         flat = marginal.reshape(-1, b)
         coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
         n_first = min(SELECTED, coarse_mass.shape[1])
+        fine = support.box / (FINE_STEP * support.r_max)
+        group, slack = xp.asarray(point_group(symmetry)), _cell_width(level)
+        squared = observation.weights**2 * precision
+        scorer = _Scorer(observation, reference, squared, radius, zeta, fine, n_shifts, group, slack)
         chosen = xp.argpartition(-coarse_mass, n_first - 1, axis=1)[:, :n_first]
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
-        # How much of the mass these cells hold, as far as harmonics tell.
-        log_share = _logsumexp(of_chosen) - _logsumexp(coarse_mass)
-        fine = support.box / (FINE_STEP * support.r_max)
-        scorer = _Scorer(observation, reference, observation.weights**2 * precision, radius, zeta, fine, n_shifts)
+        # How much of the mass these cells hold, as far as harmonics tell, in each of the symmetric copies.
+        log_share = _logsumexp(of_chosen + part[chosen]) - _logsumexp(coarse_mass + part)
+        log_share -= np.log(len(scorer.group))
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
         cells = _score_cells(
             scorer,
@@ -550,8 +567,19 @@ def integrate(
 
 
 def _first_level(bandwidth: int) -> int:
-    """Level whose cells, 60 / 2^level degrees wide, are finer than half a wave of the highest degree, 180 / L."""
+    """Level whose cells are finer than half a wave of the highest degree, 180 / L."""
     return max(1, int(np.ceil(np.log2(bandwidth / 2))))
+
+
+def _log_share(rotations: Array, group: Array, slack: float) -> Array:
+    """Log of `unit_share`; outside it is small enough, but a number."""
+    xp = namespace(rotations)
+    return xp.log(xp.maximum(unit_share(rotations, group, slack)[1], OUTSIDE))
+
+
+def _cell_width(level: int) -> float:
+    """Of cells of a level, degrees."""
+    return float(60 * 0.5**level)
 
 
 def _tolerance(gain: Array, i: int) -> Array:
@@ -595,6 +623,7 @@ def _score_cells(scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre
             reach = min(reach, LOCAL_REACH)
         found = scorer.score(xp.asarray(particle), rotations, where, float(width), reach)
         mass[entry], shift[entry], value[entry], spread[entry], power[entry] = found
+        mass[entry] += _log_share(rotations, scorer.group, scorer.slack)
     mass = mass - np.log(72.0) - level.reshape(-1) * np.log(8.0)
     return _Cells(
         level, pixel, turn, mass.reshape(b, n), shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing,

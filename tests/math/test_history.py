@@ -5,6 +5,7 @@ import numpy as np
 from faml_gpu.data import BestPoses, Posterior
 from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.history import _pose_change
+from faml_gpu.symmetry import point_group
 
 
 def about_z(degrees):
@@ -25,4 +26,7 @@ def test_pose_change_is_to_the_nearest_pose_before_in_the_same_class():
         n_significant=np.ones(3, np.int64),
     )
     now = BestPoses(np.array([0, 1, 0]), np.stack([about_z(d) for d in (239, 57, 10)]), np.zeros((3, 3)), np.ones(3))
-    np.testing.assert_allclose(_pose_change(before, now), [1, 7, 180], atol=1e-6)
+    np.testing.assert_allclose(_pose_change(before, now, point_group("C1")), [1, 7, 180], atol=1e-6)
+    # With C6 imposed (steps of 60 degrees about z) all of particle 0's poses are one, and 57 is 7 from 50.
+    now = BestPoses(np.array([0, 1, 1]), np.stack([about_z(d) for d in (61, 117, 8)]), np.zeros((3, 3)), np.ones(3))
+    np.testing.assert_allclose(_pose_change(before, now, point_group("C6")), [1, 7, 2], atol=1e-6)

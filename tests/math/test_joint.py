@@ -167,7 +167,9 @@ def test_cells_are_equal_and_made_of_their_children(rng):
 @pytest.mark.parametrize("bandwidth", [4, 8, 9, 12])
 def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
     level = joint._first_level(bandwidth)
-    pixel, turn, places, weights = joint._interpolation(bandwidth, level, "cpu")
+    pixel, turn, share, places, weights = joint._first_cells(bandwidth, level, "C1", "cpu")
+    assert (share == 0).all()
+    assert len(pixel) == 72 * 8**level
     assert places.min() >= 0
     assert places.max() < (2 * bandwidth) ** 3
     beta, angle = grid_angles(bandwidth)

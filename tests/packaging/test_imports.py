@@ -25,6 +25,7 @@ RANKS = [
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io", "report"},
     {"posteriors"},
     {"plan"},
+    {"symmetry_axes"},
     {"starting", "history"},
     {"faml"},
     {"run_folder"},
