@@ -139,6 +139,14 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    starts: Annotated[
+        int,
+        typer.Option(
+            help="Random starts to begin with; the one with the highest likelihood after a quarter of the iterations "
+            "goes on. Not with --use-poses or --reference.",
+            rich_help_panel=START_PANEL,
+        ),
+    ] = 1
     iterations: Annotated[
         int, typer.Option(help="Most iterations; stops earlier once nothing changes.", rich_help_panel=METHOD_PANEL)
     ] = 20

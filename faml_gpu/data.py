@@ -170,6 +170,7 @@ class IterationRecord:
     coverage: list[float]  # share of each class's Fourier voxels observed at least once
     converged: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    starts: list[float] | None = None  # log-likelihood of each random start after this iteration; the highest goes on
 
 
 @dataclass

@@ -78,7 +78,11 @@ def run(
     device, _ = choose_device(options.device)
     with cpu_threads(options.threads), use_device(device):
         plan = Plan.make(particles, options, initial_lowpass, device)
-        if checkpoint is None:
+        if checkpoint is None and options.starts > 1 and initial_lowpass is None:
+            checkpoint = likeliest_start(plan, particles, progress)
+            if on_iteration is not None:
+                on_iteration(checkpoint)
+        elif checkpoint is None:
             checkpoint = begin(plan, particles, reference, use_poses)
         while checkpoint.state.iteration < options.iterations and not converged(checkpoint.history):
             checkpoint = iterate(plan, particles, checkpoint, progress)
@@ -110,6 +114,28 @@ def begin(plan: Plan, particles: ParticleSource, reference: Float32 | None, use_
         aligned = best_poses(iterate(single, particles, start(single, particles, reference, poses)).posterior)
         reference, poses = None, Poses(aligned.rotations, aligned.shifts)
     return start(plan, particles, reference, poses)
+
+
+def likeliest_start(plan: Plan, particles: ParticleSource, progress: Progress | None = None) -> Checkpoint:
+    """Of several random starts that which has the highest likelihood after its first, coarse iterations."""
+    best, likelihoods = None, []
+    for trial in range(plan.options.starts):
+        of_trial = replace(plan, trial=trial)
+        checkpoint = begin(of_trial, particles, None, False)
+        for _ in range(max(1, plan.explored)):
+            checkpoint = iterate(of_trial, particles, checkpoint, _named(progress, trial + 1, plan.options.starts))
+        likelihoods.append(checkpoint.history[-1].log_likelihood)
+        if best is None or likelihoods[-1] > best.history[-1].log_likelihood:
+            best = checkpoint
+    assert best is not None
+    best.history[-1] = replace(best.history[-1], starts=likelihoods)
+    return best
+
+
+def _named(progress: Progress | None, trial: int, trials: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda name, done, total: progress(f"start {trial}/{trials}, {name}", done, total)
 
 
 def iterate(

@@ -213,7 +213,7 @@ def run_halves(
     InputError
         Fewer than two particles, an empty half, options or maps that do not fit.
     """
-    options = replace(options, n_classes=1)
+    options = replace(options, n_classes=1, starts=1)
     half = _halves(particles, half, options.seed)
     box, voxel = particles.box, particles.voxel_size
     if mask is not None and mask.shape != (box,) * 3:

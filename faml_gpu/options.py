@@ -63,6 +63,7 @@ class Options:
         or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of the way,
         and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
+    starts : random starts that are begun, of which the likeliest goes on
     seed : of all randomness
     device : "auto", "cpu" or "cuda[:i]"
     threads : CPU threads; None: all cores this process may use
@@ -86,6 +87,7 @@ class Options:
     sampler: Literal["magnitude", "joint"] | None = None
     update: Literal["explore", "ratio", "wiener", "printed"] | None = None
     iterations: int = 20
+    starts: int = 1
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -120,6 +122,7 @@ class Options:
                 "'magnitude': method 'fa' takes one pose and integrates over none",
             ),
             (self.iterations >= 1, "iterations", self.iterations, "at least 1"),
+            (1 <= self.starts <= 1000, "starts", self.starts, "1 to 1000"),
             (self.seed >= 0, "seed", self.seed, "0 or more"),
             (self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1"),
             (self.mask_radius is None or self.mask_radius > 0, "mask_radius", self.mask_radius, "more than 0 A"),

@@ -63,6 +63,7 @@ class Plan:
     initial_lowpass: float | None
     regularization: float
     device: str
+    trial: int = 0  # number of the random start
 
     @classmethod
     def make(
@@ -108,7 +109,7 @@ class Plan:
 
     def rng(self, iteration: int) -> np.random.Generator:
         """The random numbers of an iteration: from the seed and its number alone, so that a run can be resumed."""
-        return np.random.default_rng([self.options.seed, iteration])
+        return np.random.default_rng([self.options.seed, iteration, *([self.trial] if self.trial else [])])
 
     def r_max(self, iteration: int) -> int:
         """Radius of the active support: grows linearly over the first 60 % of the iterations, or full at once."""
@@ -122,6 +123,11 @@ class Plan:
         """Iteration from which on the band is whole."""
         return max(1, round(0.6 * self.options.iterations))
 
+    @property
+    def explored(self) -> int:
+        """Iterations of a random start at the lowest resolution, in which it finds its structure."""
+        return int(EXPLORED * self.options.iterations)
+
     def update(self, iteration: int) -> Literal["ratio", "wiener", "printed"]:
         """How the averages are made at the end of an iteration.
 
@@ -131,8 +137,7 @@ class Plan:
         """
         chosen = self.options.choices.update
         if chosen == "explore":
-            exploring = self.initial_lowpass is None and iteration <= EXPLORED * self.options.iterations
-            return "wiener" if exploring else "ratio"
+            return "wiener" if self.initial_lowpass is None and iteration <= self.explored else "ratio"
         return chosen
 
     def bandwidth(self, r_max: int) -> int:
@@ -515,6 +520,8 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
         r_start = int(np.clip(size / initial_lowpass, r_start, r_max))
     if options.choices.band == "full":
         r_start = r_max
+    if options.starts > 1 and initial_lowpass is not None:
+        raise InputError(f"option starts: found {options.starts} with a start from poses or from a map, expected 1")
     symmetry.point_group(options.symmetry)
     if options.helix is not None:
         if initial_lowpass is None:

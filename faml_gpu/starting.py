@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from faml_gpu import fourier, maximization, symmetry
 from faml_gpu.array_backend import Array, to_host
 from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, Progress, State
+from faml_gpu.geometry import random_rotations
 from faml_gpu.plan import Band, Clock, Plan
 from faml_gpu.posteriors import one_hot, select
 from faml_gpu.symmetry_axes import find_axes, in_frame, moved_onto_axes
@@ -23,6 +24,7 @@ Int64 = NDArray[np.int64]
 def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, poses: Poses | None) -> Checkpoint:
     """Random equal split into K classes, each average the mean of its boxes as they lie, divided by its coverage.
 
+    Of several random starts, all but the first take the boxes turned at random: for one class there is no other.
     With `poses`, the boxes lie in these (and in their classes, where those are 1 .. K). A `reference` takes the place
     of the averages. Both are low-passed as the plan says. Noise from random particles; shifts as wide as the box.
     """
@@ -30,6 +32,8 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
     rng = plan.rng(0)
     classes = rng.permutation(np.arange(n) % n_classes)
     rotations, shifts = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3))
+    if plan.trial:
+        rotations = random_rotations(n, rng)
     if poses is not None:
         rotations, shifts = poses.rotations, poses.shifts
         if poses.classes is not None and set(poses.classes) == set(range(n_classes)):

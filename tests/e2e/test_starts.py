@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from faml_gpu.data import Poses
 from faml_gpu.errors import InputError
-from faml_gpu.faml import run
+from faml_gpu.faml import iterate, run
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.masks import soft_sphere
@@ -120,3 +122,28 @@ def test_unobserved_voxels_of_a_start_stay_empty(ribosomes: Simulation) -> None:
     low, unseen = (square > 0) & (square <= 8**2), ribosomes.weight == 0
     assert 0.2 < unseen[low].mean() < 0.5, "a wedge of 60 of 180 degrees"
     assert power[low & unseen].mean() < 0.5 * power[low & ~unseen].mean()
+
+
+def test_of_several_random_starts_the_likeliest_goes_on(ribosomes: Simulation) -> None:
+    """After its trial, each start by itself has the likelihood that was compared; the run goes on from the best."""
+    particles, seen = as_particles(ribosomes), []
+    options = Options(**(OPTIONS | {"iterations": 4}), starts=3, device="cpu")  # type: ignore[arg-type]
+    result = run(particles, options, on_iteration=lambda c: seen.append(c.state.iteration))
+    assert seen == [1, 2, 3, 4]  # the trial of 1 of 4 iterations is told once
+    trials = result.history[0].starts
+    assert trials is not None
+    assert len(trials) == 3
+    alone = []
+    for trial in range(3):
+        plan = dataclasses.replace(Plan.make(particles, options, None, "cpu"), trial=trial)
+        alone.append(iterate(plan, particles, start(plan, particles, None, None)).history[-1].log_likelihood)
+    np.testing.assert_allclose(trials, alone, rtol=1e-9)
+    assert len(set(trials)) == 3
+    assert result.history[0].log_likelihood == max(trials)
+    assert all(row.starts is None for row in result.history[1:])
+
+
+def test_several_starts_from_a_map_are_refused(ribosomes: Simulation) -> None:
+    options = Options(**OPTIONS, starts=2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="option starts: found 2"):
+        run(as_particles(ribosomes), options, reference=ribosomes.truth[0])
