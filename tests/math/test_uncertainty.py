@@ -56,7 +56,7 @@ def test_kish() -> None:
 
 def test_coverage_of_one_axis_a_circle_and_all_directions(rng: np.random.Generator) -> None:
     angles = np.arange(60) * 6.0
-    about = {axis: Rotation.from_euler(axis, angles, degrees=True).as_matrix() for axis in "yz"}
+    about = {axis: Rotation.from_euler(axis, angles[:, None], degrees=True).as_matrix() for axis in "yz"}
     np.testing.assert_allclose(angular_coverage(in_poses(about["z"])), 0, atol=1e-12)  # about the beam
     np.testing.assert_allclose(angular_coverage(in_poses(about["y"])), 0.75)
     # 4000 directions: the largest eigenvalue is 1/3 to about 1 %.
@@ -65,7 +65,7 @@ def test_coverage_of_one_axis_a_circle_and_all_directions(rng: np.random.Generat
 
 def test_coverage_is_in_the_frame_of_the_average(rng: np.random.Generator) -> None:
     """Poses turned on the side of the average (all of it in another frame) mean the same; in the box they do not."""
-    turned = Rotation.from_euler("z", np.arange(12) * 30.0, degrees=True).as_matrix()
+    turned = Rotation.from_euler("z", np.arange(12)[:, None] * 30.0, degrees=True).as_matrix()
     other = random_rotations(1, rng)[0]
     np.testing.assert_allclose(angular_coverage(in_poses(turned @ other)), 0, atol=1e-12)
     tilted = Rotation.from_euler("y", 90, degrees=True).as_matrix()
