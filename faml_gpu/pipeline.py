@@ -25,6 +25,7 @@ from faml_gpu.io.particles import open_particles
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.run_folder import RunFolder
+from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations
 
 __all__ = ["average", "classify"]
 
@@ -171,9 +172,21 @@ def classify(
             on_iteration=after_iteration,
             progress=progress,
         )
+        remarks = _doubts(result)
         if folder is not None:
-            folder.write_final(result, source)
+            folder.write_final(result, source, remarks)
+    for text in remarks:
+        warnings.warn(text, stacklevel=2)
     return result
+
+
+def _doubts(result: Result) -> list[str]:
+    """What the user should know of the result before using it."""
+    return preferred_orientations(
+        angular_coverage(result.posterior),
+        result.history[-1].coverage,
+        effective_particles(result.posterior.class_probability),
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from io import BytesIO
@@ -32,6 +32,7 @@ from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
+from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
 
 __all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint", "writing"]
 
@@ -42,7 +43,7 @@ LOCK = ".run.lock"
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.star|\.json)"
+    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json)"
 )
 _LEFTOVER = re.compile(r"\.run\w*\.\d+-[0-9a-f]+\.tmp\.\w+")  # of `atomic_path` in a process that was killed
 _CHECKPOINT = re.compile(r"run_it(\d{3,})_checkpoint\.json")
@@ -161,8 +162,8 @@ class RunFolder:
             for suffix in (".json", ".npz"):  # the JSON first: without it the npz is no checkpoint
                 (self.path / f"run_it{iteration:03d}_checkpoint{suffix}").unlink(missing_ok=True)
 
-    def write_final(self, result: Result, source: ParticleSource) -> None:
-        """The final maps and STAR file.
+    def write_final(self, result: Result, source: ParticleSource, remarks: Sequence[str] = ()) -> None:
+        """The final maps and STAR files; `remarks` are what the user was warned of, for run.json.
 
         Raises
         ------
@@ -171,6 +172,10 @@ class RunFolder:
         """
         self._write_maps("run", result.maps, result.voxel_size)
         self._write_data("run", result.posterior, source)
+        path = self.path / "run_class_posteriors.star"
+        with writing(path):
+            write_star(path, {"class_posteriors": posterior_columns(result.posterior, _table(source).image_names)})
+        self._facts["warnings"] = list(remarks)
         self._facts["converged_at"] = result.converged_at
         self._write_run_json("finished", result.history)
 
@@ -251,6 +256,18 @@ def particle_columns(posterior: Posterior, voxel_size: float) -> dict[str, NDArr
         "rlnOriginZAngst": origins[:, 2],
         "rlnClassNumber": best.classes + 1,
         "rlnMaxValueProbDistribution": best.probability,
+        "rlnNrOfSignificantSamples": posterior.n_significant,
+        "rlnLogLikeliContribution": posterior.log_likelihood,
+    }
+
+
+def posterior_columns(posterior: Posterior, image_names: Sequence[str]) -> dict[str, Any]:
+    """Columns of the side table: what is known of each particle beside its best class and pose."""
+    classes = enumerate(posterior.class_probability.T, start=1)
+    return {
+        "rlnImageName": list(image_names),
+        **{f"famlClassProbability{k:03d}": column for k, column in classes},
+        "famlPoseEntropy": pose_entropy(posterior),
         "rlnNrOfSignificantSamples": posterior.n_significant,
         "rlnLogLikeliContribution": posterior.log_likelihood,
     }
@@ -366,6 +383,8 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
             "rlnClassDistribution": state.alpha,
             "famlClassSize": record.class_sizes,
             "famlFourierCoverage": record.coverage,
+            "famlAngularCoverage": angular_coverage(checkpoint.posterior),
+            "famlEffectiveParticles": effective_particles(checkpoint.posterior.class_probability),
             "famlMapCorrelation": record.map_correlation,
         },
         "model_noise": {

@@ -51,6 +51,10 @@ class ParticleTable(Protocol):
     @property
     def n_rows(self) -> int: ...
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """rlnImageName of each particle, quotes removed."""
+
     def text(self, columns: Columns) -> str:
         """The STAR file's text with `columns` set: name without underscore -> one value per particle."""
 
@@ -167,6 +171,11 @@ class StarTable:
     @property
     def n_rows(self) -> int:
         return len(self.values)
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """See `ParticleTable`."""
+        return tuple(self.strings("rlnImageName"))
 
     def row_name(self, row: int) -> str:
         """For messages: where a row (from 0) is."""

@@ -1,0 +1,40 @@
+"""What a run leaves of its doubts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import starfile
+
+import faml_gpu
+
+
+def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
+    out = tmp_path / "out"
+    result = faml_gpu.classify(
+        small_star, 2, out, tilt_range=(-60, 60), iterations=1, device="cpu", sampler="magnitude", bandwidth=6
+    )
+    table = starfile.read(out / "run_class_posteriors.star")
+    names = starfile.read(out / "run_data.star")["particles"]["rlnImageName"]
+    assert list(table["rlnImageName"]) == list(names)
+    columns = table[["famlClassProbability001", "famlClassProbability002"]].to_numpy()
+    np.testing.assert_allclose(columns, result.posterior.class_probability, atol=1e-9)
+    np.testing.assert_allclose(columns.sum(axis=1), 1, atol=1e-6)
+    assert (table["famlPoseEntropy"] <= np.log(table["rlnNrOfSignificantSamples"]) + 1e-9).all()
+    model = starfile.read(out / "run_it001_model.star")["model_classes"]
+    assert {"famlEffectiveParticles", "famlAngularCoverage", "famlFourierCoverage"} <= set(model.columns)
+    assert json.loads((out / "run.json").read_text())["warnings"] == []
+    faml_gpu.classify(
+        small_star,
+        1,
+        out,
+        tilt_range=(-60, 60),
+        iterations=1,
+        device="cpu",
+        sampler="magnitude",
+        bandwidth=6,
+        overwrite=True,
+    )
+    assert "famlClassProbability002" not in starfile.read(out / "run_class_posteriors.star").columns

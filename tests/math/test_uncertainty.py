@@ -1,0 +1,79 @@
+"""How sure a result is: closed forms, written-out sums, and when a preferred orientation is worth a warning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from faml_gpu.data import Posterior
+from faml_gpu.geometry import random_rotations
+from faml_gpu.uncertainty import (
+    angular_coverage,
+    effective_particles,
+    effective_poses,
+    pose_entropy,
+    preferred_orientations,
+)
+
+
+def posterior(particle: list[int], probability: list[float]) -> Posterior:
+    """One class; the poses do not matter."""
+    index, n = np.array(particle), max(particle) + 1
+    return Posterior(
+        index,
+        np.zeros(len(index), np.int64),
+        np.tile(np.eye(3), (len(index), 1, 1)),
+        np.zeros((len(index), 3)),
+        np.array(probability),
+        np.zeros(n),
+        np.bincount(index),
+        np.ones((n, 1)),
+    )
+
+
+def in_poses(rotations: np.ndarray) -> Posterior:
+    one = posterior(list(range(len(rotations))), [1.0] * len(rotations))
+    one.rotations = rotations
+    return one
+
+
+def test_entropy_of_equal_and_single_poses() -> None:
+    found = posterior([0, 1, 1, 1, 1, 2, 2], [1.0, 0.25, 0.25, 0.25, 0.25, 0.9, 0.1])
+    expected = [0.0, np.log(4), -0.9 * np.log(0.9) - 0.1 * np.log(0.1)]
+    np.testing.assert_allclose(pose_entropy(found), expected, atol=1e-15)
+    np.testing.assert_allclose(effective_poses(found)[:2], [1, 4], rtol=1e-14)
+
+
+def test_a_pose_of_no_probability_adds_nothing() -> None:
+    assert pose_entropy(posterior([0, 0], [1.0, 0.0]))[0] == 0
+
+
+def test_kish() -> None:
+    probability = np.array([[1.0, 0.2, 0], [0.5, 0.2, 0], [0.5, 0.2, 0]])
+    np.testing.assert_allclose(effective_particles(probability), [4 / 1.5, 3, 0])
+
+
+def test_coverage_of_one_axis_a_circle_and_all_directions(rng: np.random.Generator) -> None:
+    angles = np.arange(60) * 6.0
+    about = {axis: Rotation.from_euler(axis, angles[:, None], degrees=True).as_matrix() for axis in "yz"}
+    np.testing.assert_allclose(angular_coverage(in_poses(about["z"])), 0, atol=1e-12)  # about the beam
+    np.testing.assert_allclose(angular_coverage(in_poses(about["y"])), 0.75)
+    # 4000 directions: the largest eigenvalue is 1/3 to about 1 %.
+    assert angular_coverage(in_poses(random_rotations(4000, rng)))[0] == pytest.approx(1, abs=0.03)
+
+
+def test_coverage_is_in_the_frame_of_the_average(rng: np.random.Generator) -> None:
+    """Poses turned on the side of the average (all of it in another frame) mean the same; in the box they do not."""
+    turned = Rotation.from_euler("z", np.arange(12)[:, None] * 30.0, degrees=True).as_matrix()
+    other = random_rotations(1, rng)[0]
+    np.testing.assert_allclose(angular_coverage(in_poses(turned @ other)), 0, atol=1e-12)
+    tilted = Rotation.from_euler("y", 90, degrees=True).as_matrix()
+    np.testing.assert_allclose(angular_coverage(in_poses(tilted @ turned)), 0.75, rtol=1e-12)
+
+
+def test_warning_needs_uneven_views_and_a_gap() -> None:
+    (text,) = preferred_orientations([0.1, 0.1, 0.9, 0.1], [0.7, 1.0, 0.7, 0.7], [50, 50, 50, 3])
+    assert "class 1 " in text
+    assert "0.10" in text
+    assert "30 %" in text
