@@ -189,6 +189,15 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    noise_groups: Annotated[
+        Literal["auto", "none", "optics", "tomogram"] | None,
+        typer.Option(
+            help="Which particles share a noise curve: those of an optics group or of a tomogram. auto: optics groups, "
+            "if the STAR file has several with 20 particles or more.",
+            show_default="auto, paper none",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     padding: Annotated[
         int,
         typer.Option(

@@ -162,7 +162,8 @@ def _kept(probability: NDArray[np.float64]) -> NDArray[np.bool_]:
 def log_normaliser(observed: NDArray[np.float64], sigma2: NDArray[np.float64], zeta: float, n: int) -> float:
     """What belongs to the objective beside the log-sum-exp: -1/2 sum J log sigma^2 - (3 n / 2) log zeta^2.
 
-    observed (r_max + 1,): sum of w^2 over the particles' voxels of each shell (J°); without this term the
-    likelihood falls as sigma shrinks.
+    observed (..., r_max + 1): sum of w^2 over the particles' voxels of each shell (J°), of one or several groups with
+    sigma2 (..., S); without this term the likelihood falls as sigma shrinks.
     """
-    return float(-0.5 * (observed[1:] * np.log(sigma2[1 : len(observed)])).sum() - 1.5 * n * np.log(zeta**2))
+    logs = np.log(sigma2[..., 1 : observed.shape[-1]])
+    return float(-0.5 * (observed[..., 1:] * logs).sum() - 1.5 * n * np.log(zeta**2))

@@ -378,6 +378,12 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
             "famlSeconds": list(record.seconds.values()),
         },
     }
+    if state.noise_groups is not None:
+        blocks["model_noise_groups"] = {
+            "famlNoiseGroup": np.repeat(state.noise_groups, len(shells)),
+            "rlnSpectralIndex": np.tile(shells, len(state.noise_groups)),
+            "rlnSigma2Noise": state.group_sigma2.ravel(),
+        }
     write_star(path, {name: items for name, items in blocks.items() if name != "model_seconds" or record.seconds})
 
 
