@@ -198,6 +198,14 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    scale_correction: Annotated[
+        bool,
+        typer.Option(
+            "--scale-correction",
+            help="Let the strength of the signal differ between particles.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = False
     padding: Annotated[
         int,
         typer.Option(

@@ -45,6 +45,8 @@ class Batch:
         noise has a variance in proportion to it, that of others is the same wherever they were observed.
     noise_rows : (B,) int64, or None
         Where the weights are relative to each particle's noise (`noise.NoiseGroups.weigh`): which curve it has.
+    scale : (B,) float64, or None
+        Where they are relative to its scale too: the scale.
     """
 
     boxes: Float32
@@ -53,6 +55,7 @@ class Batch:
     weight_ids: tuple[str, ...]
     multiplied: Float32 | None = None
     noise_rows: Int64 | None = None
+    scale: Float64 | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class State:
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
         where all share one curve
     noise_groups : (G,) str or None, names of these groups
+    scale : (n,) float64 or None, what the average is multiplied by in each particle; None is 1
     """
 
     iteration: int
@@ -125,6 +129,7 @@ class State:
     unseen: Float32 | None = None
     relative_noise: Float64 | None = None
     noise_groups: NDArray[np.str_] | None = None
+    scale: Float64 | None = None
 
     @property
     def group_sigma2(self) -> Float64:

@@ -22,10 +22,10 @@ from faml_gpu.data import (
 )
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
-from faml_gpu.expectation import BatchPosterior, expectation, log_normaliser
+from faml_gpu.expectation import BatchPosterior, expectation, fitted_scale, log_normaliser
 from faml_gpu.fast_alignment import single_best
 from faml_gpu.history import converged, record
-from faml_gpu.noise import noise_groups
+from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import join, select
@@ -127,7 +127,7 @@ def iterate(
     kept: list[dict[str, Array]] = [{} for _ in references]
 
     def e_step(batch: Batch, spectra: Array, first: int) -> tuple[BatchPosterior, maximization.Accumulators]:
-        batch = groups.weigh(batch, first, state)
+        batch, spectra = groups.weigh(batch, spectra, first, state)
         observation = band.observe(batch, spectra)
         if band.joint:
             with clock("pose integral"):
@@ -144,6 +144,8 @@ def iterate(
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
+        if plan.options.scale_correction:
+            posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
         with clock("rotate back"):
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
@@ -156,6 +158,8 @@ def iterate(
     with clock("maximization"):
         total, merged = total.on_host(), join(posteriors)
         new = maximize(plan, band, state, total, old)
+        if plan.options.scale_correction:
+            new.scale = new_scale(state.scale, np.concatenate([p.scale for p in posteriors if p.scale is not None]))
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
     row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
     return Checkpoint(new, merged, [*checkpoint.history, row])

@@ -146,6 +146,7 @@ def noise_sums(
     premultiplied: bool = False,
     rows: NDArray[np.int64] | None = None,
     relative: NDArray[np.float64] | None = None,
+    scale: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Per noise curve and Fourier shell, (G, r_max + 1): sum of P w^2 |X - RA|^2, and of w^2, over a batch.
 
@@ -162,9 +163,13 @@ def noise_sums(
     relative : (G, S) float64
         The variance of each curve, over the common one, that the weights are relative to: both sums are of the weights
         before that. None is one curve for all.
+    scale : (B,) float64
+        Scale of each particle that the weights are relative to; None is 1.
     """
     part = weights > 0 if premultiplied else weights**2
     seen = to_host(support.shell_sums(part))[to_host(weight_index)]  # (B, r_max + 1)
+    if scale is not None and not premultiplied:
+        seen = seen / scale[:, None] ** 2
     if rows is None or relative is None:
         return (posterior.probability @ posterior.residual)[None], seen.sum(axis=0)[None]
     relative = relative[:, : support.r_max + 1]

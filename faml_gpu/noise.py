@@ -1,8 +1,9 @@
-"""Noise that differs between groups of particles: one curve sigma_g^2 per optics group or tomogram.
+"""Noise that differs between groups of particles, and scales that differ between particles.
 
-No other step knows of it. With a particle's weight w' = w sigma / sigma_g, shell by shell, its residual
-w'^2 |X - RA|^2 / sigma^2 is w^2 |X - RA|^2 / sigma_g^2, as the likelihood has it, and the sums P R^-1(w'^2 X) and
-P R^-1 w'^2 of the M-step make the average weighted by the inverse of each particle's noise, which maximises it.
+A group (optics group, tomogram) has a curve sigma_g^2 of its own, a particle a scale s: X = s RA + noise. No other step
+knows of either. With the weight w' = w s sigma / sigma_g, shell by shell, and X' = X / s, the residual
+w'^2 |X' - RA|^2 / sigma^2 is w^2 |X - s RA|^2 / sigma_g^2, as the likelihood has it, and the sums P R^-1(w'^2 X') and
+P R^-1 w'^2 of the M-step make the average that maximises it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from faml_gpu.errors import InputError
 from faml_gpu.fourier import shells_of_half
 from faml_gpu.options import Options
 
-__all__ = ["COMMON", "FEWEST", "NoiseGroups", "noise_groups"]
+__all__ = ["COMMON", "FEWEST", "NoiseGroups", "new_scale", "noise_groups"]
 
 Int64 = NDArray[np.int64]
 
 # Particles of a group that has a curve of its own: 20 give the variance of shell 1 to some 7 %, of shell 4 to 2 %.
 FEWEST = 20
+SCALES = (0.3, 3.0)  # none is smaller or larger: a particle that does not fit at all has a scale of 0 or less
 COMMON = "all"  # name of the first curve: that of all particles, which those of small groups take
 _KINDS = {"optics": "rlnOpticsGroup", "tomogram": "rlnTomoName or rlnMicrographName"}
 
@@ -49,28 +51,50 @@ class NoiseGroups:
         """The particles that curve g is estimated from: all for the first."""
         return np.arange(len(self.row)) if g == 0 else np.flatnonzero(self.row == g)
 
-    def weigh(self, batch: Batch, first: int, state: State) -> Batch:
-        """The batch, whose first particle has the number `first`, with weights relative to each particle's noise.
+    def weigh(self, batch: Batch, spectra: Array, first: int, state: State) -> tuple[Batch, Array]:
+        """A batch with weights relative to each particle's noise and scale, and its spectra over the scale.
 
-        `noise_rows` says which curve each particle has. Of one curve for all, the batch is what it was.
+        Where all share one curve and have the scale 1, both are what they were.
+
+        Parameters
+        ----------
+        batch : Batch
+        spectra : (B, N, N, N//2 + 1) complex64
+        first : number of its first particle
+        state : State
+
+        Returns
+        -------
+        Batch
+            `noise_rows` and `scale` say what curve and scale each particle has.
+        (B, N, N, N//2 + 1) complex64
         """
-        if state.relative_noise is None:
-            return batch
-        xp = namespace(batch.weights)
-        rows = self.row[first : first + len(batch.weight_index)]
-        pairs = np.stack([to_host(batch.weight_index), rows], axis=1)
-        distinct, index = np.unique(pairs, axis=0, return_inverse=True)
-        shell = _shells(batch.weights.shape[1], device_of(batch.weights))
+        if state.relative_noise is None and state.scale is None:
+            return batch, spectra
+        xp, device, n = namespace(batch.weights), device_of(batch.weights), len(spectra)
+        rows = self.row[first : first + n]
+        # With scales, no two particles have the same weight.
+        own = np.zeros(n, np.int64) if state.scale is None else np.arange(first, first + n)
+        scale = np.ones(len(self.row)) if state.scale is None else state.scale
+        keys = np.stack([to_host(batch.weight_index), rows, own], axis=1)
+        distinct, index = np.unique(keys, axis=0, return_inverse=True)
         which = xp.asarray(distinct[:, 0])
-        factor = to_device((state.relative_noise[distinct[:, 1]] ** -0.5).astype(np.float32), device_of(batch.weights))
-        return replace(
+        relative = np.ones((1, 1)) if state.relative_noise is None else state.relative_noise
+        factor = relative[distinct[:, 1]] ** -0.5
+        if state.scale is not None:
+            factor = factor * scale[distinct[:, 2], None]
+            spectra = spectra / to_device(scale[own].astype(np.float32), device)[:, None, None, None]
+        shell = xp.minimum(_shells(batch.weights.shape[1], device), factor.shape[1] - 1)
+        batch = replace(
             batch,
-            weights=batch.weights[which] * factor[:, xp.minimum(shell, factor.shape[1] - 1)],
+            weights=batch.weights[which] * to_device(factor.astype(np.float32), device)[:, shell],
             weight_index=xp.asarray(index.reshape(-1).astype(np.int64)),
-            weight_ids=tuple(f"{batch.weight_ids[w]} {row}" for w, row in distinct),
+            weight_ids=tuple(f"{batch.weight_ids[w]} {row} {i}" for w, row, i in distinct),
             multiplied=None if batch.multiplied is None else batch.multiplied[which],
             noise_rows=rows,
+            scale=None if state.scale is None else scale[own],
         )
+        return batch, spectra
 
 
 def noise_groups(particles: ParticleSource, options: Options, state: State | None = None) -> NoiseGroups:
@@ -96,6 +120,16 @@ def noise_groups(particles: ParticleSource, options: Options, state: State | Non
             "run resumed"
         )
     return groups
+
+
+def new_scale(old: NDArray[np.float64] | None, change: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scales (n,) of the particles: the old ones times their `change` (n,), with the median 1 and none far from it.
+
+    Scales that are all larger and an average that is as much smaller explain the same.
+    """
+    scale = np.nan_to_num(change if old is None else old * change, nan=1.0, posinf=1.0, neginf=1.0)
+    median = np.median(scale)
+    return np.clip(scale / median if median > 0 else np.ones_like(scale), *SCALES)
 
 
 def _one(particles: ParticleSource) -> NoiseGroups:

@@ -78,6 +78,8 @@ class Options:
     noise_groups : particles that have a noise curve of their own: those of an "optics" group or of a "tomogram",
         "none", or "auto": optics groups, where the input has them. Groups of few particles share the curve of all (see
         `noise.FEWEST`; default: by preset)
+    scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
+        offset needs none: the zero frequency takes no part in anything
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : subtract the mean and divide by the standard deviation outside the mask
@@ -99,6 +101,7 @@ class Options:
     max_shift: float | None = None
     regularization: float | None = None
     noise_groups: Literal["auto", "none", "optics", "tomogram"] | None = None
+    scale_correction: bool = False
     padding: int = 2
     invert: bool = False
     normalize: bool = True

@@ -418,6 +418,7 @@ class Band:
             premultiplied=batch.multiplied is not None,
             rows=batch.noise_rows,
             relative=self.state.relative_noise,
+            scale=batch.scale,
         )
         return maximization.Accumulators(
             sums,

@@ -81,7 +81,7 @@ def final_averages(
 ) -> Float32:
     """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage.
 
-    With the `state` the posterior belongs to, particles are also weighted by their noise.
+    With the `state` the posterior belongs to, particles are also weighted by their noise and scale.
     """
     averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress, state))
     return plan.to_maps(averages, fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device))
@@ -105,7 +105,7 @@ def average_sums(
     def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
         part = select(posterior, first, first + len(spectra))
         if state is not None and groups is not None:
-            batch = groups.weigh(batch, first, state)
+            batch, spectra = groups.weigh(batch, spectra, first, state)
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 

@@ -15,11 +15,11 @@ from faml_gpu import expectation as expectation_module
 from faml_gpu import faml, fourier, maximization, noise
 from faml_gpu.data import Batch, Checkpoint, Groups, State
 from faml_gpu.errors import InputError
-from faml_gpu.expectation import BatchPosterior, expectation, log_normaliser
+from faml_gpu.expectation import BatchPosterior, expectation, fitted_scale, log_normaliser
 from faml_gpu.fast_alignment import Candidates, Observation, Reference
 from faml_gpu.halves import Subset
 from faml_gpu.io.particles import ArrayParticles
-from faml_gpu.noise import NoiseGroups, noise_groups
+from faml_gpu.noise import SCALES, NoiseGroups, new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
 from faml_gpu.posteriors import one_hot
@@ -60,28 +60,39 @@ def state_of(sigma2: np.ndarray, relative: np.ndarray | None, maps: np.ndarray |
 # --- the E-step and the M-step of two groups ------------------------------------------------------------------
 
 
-@pytest.fixture
-def scene(rng: np.random.Generator, oracles: Any) -> dict[str, Any]:
-    """Six particles in two groups, weights and groups crossed, each group with a noise curve of its own."""
+@pytest.fixture(params=[False, True], ids=["groups", "groups and scales"])
+def scene(request: pytest.FixtureRequest, rng: np.random.Generator, oracles: Any) -> dict[str, Any]:
+    """Six particles in two groups, weights and groups crossed, each group with a noise curve of its own.
+
+    Of the eight of the state they are numbers 1 to 6.
+    """
     toy = oracles.Toy(rng, BOX, oracles.Lattice, fractional=True, n_particles=6)
     half = np.stack([oracles.half_of_cube(w) for w in toy.weights])
     rows = np.array([1, 1, 2, 2, 1, 2])
     relative = np.stack([np.ones(SHELLS), rng.uniform(0.3, 0.8, SHELLS), rng.uniform(1.5, 6, SHELLS)])
-    state = state_of(toy.sigma2, relative)
+    scale = rng.uniform(0.5, 2, 8) if request.param else None
+    state = state_of(toy.sigma2, relative, scale=scale)
     groups = NoiseGroups(("all", "g1", "g2"), np.concatenate([[0], rows, [0]]))
     plain = Batch(toy.particles, half, toy.weight_index, ("a", "b"))
-    return {"toy": toy, "rows": rows, "state": state, "plain": plain, "batch": groups.weigh(plain, 1, state)}
+    batch, spectra = groups.weigh(plain, fourier.transform(toy.particles), 1, state)
+    own = np.ones(6) if scale is None else scale[1:7]
+    return {
+        "toy": toy, "rows": rows, "state": state, "plain": plain, "batch": batch, "spectra": spectra, "scale": own,
+    }  # fmt: skip
 
 
-def e_step(toy: Any, batch: Batch, support: fourier.Support) -> BatchPosterior:
-    gather = support.gather
-    spectra = gather(fourier.transform(toy.particles))
-    observation = Observation(support, spectra, gather(batch.weights), batch.weight_index, batch.weight_ids)
+def e_step(scene: dict[str, Any]) -> tuple[BatchPosterior, Observation, list[Reference]]:
+    toy, batch = scene["toy"], scene["batch"]
+    support = fourier.make_support(BOX, toy.r_max)
+    spectra, weights = support.gather(scene["spectra"]), support.gather(batch.weights)
+    observation = Observation(support, spectra, weights, batch.weight_index, batch.weight_ids)
     grids = fourier.interpolation_grid(toy.maps, toy.r_max, 1, compensate=False)
     references = [Reference(g, 1, 0, np.zeros(0), np.zeros(0)) for g in grids]
     lists = zip(toy.rotations, toy.shifts, toy.count, strict=True)
     candidates = [Candidates(r, t, np.zeros(r.shape[:2]), c) for r, t, c in lists]
-    return expectation(observation, references, candidates, list(toy.log_volumes), toy.alpha, toy.sigma2, toy.zeta)
+    volumes = list(toy.log_volumes)
+    found = expectation(observation, references, candidates, volumes, toy.alpha, toy.sigma2, toy.zeta)
+    return found, observation, references
 
 
 def test_posterior_is_that_of_each_groups_own_sigma(
@@ -89,10 +100,8 @@ def test_posterior_is_that_of_each_groups_own_sigma(
 ) -> None:
     monkeypatch.setattr(expectation_module, "KEPT_MASS", 1.0)
     toy, rows, batch = scene["toy"], scene["rows"], scene["batch"]
-    support = fourier.make_support(BOX, toy.r_max)
-    found = e_step(toy, batch, support)
-    curves = scene["state"].group_sigma2
-    samplers = [toy.sampler(m) for m in toy.maps]
+    found, observation, _ = e_step(scene)
+    support, curves = observation.support, scene["state"].group_sigma2
     values, own = [], []
     for i, k, p in toy.entries():
         value, shells = oracles.log_joint(
@@ -100,7 +109,7 @@ def test_posterior_is_that_of_each_groups_own_sigma(
             toy.r_max,
             toy.particles[i],
             toy.weights[toy.weight_index[i]],
-            samplers[k],
+            toy.sampler(scene["scale"][i] * toy.maps[k]),
             toy.rotations[k, i, p],
             toy.shifts[k, i, p],
             toy.log_volumes[k, i, p],
@@ -124,6 +133,7 @@ def test_posterior_is_that_of_each_groups_own_sigma(
         support,
         rows=batch.noise_rows,
         relative=scene["state"].relative_noise,
+        scale=batch.scale,
     )
     points, shell = oracles.ball(toy.r_max)
     for g in range(3):
@@ -135,17 +145,47 @@ def test_posterior_is_that_of_each_groups_own_sigma(
         np.testing.assert_allclose(observed[g], seen, rtol=1e-5)
 
 
+def test_fitted_scale_is_the_best_there_is(scene: dict[str, Any], oracles: Any) -> None:
+    """Against direct sums with the particle's own noise: times the scale it has, it lowers the residual most."""
+    toy, rows = scene["toy"], scene["rows"]
+    found, observation, references = e_step(scene)
+    change = fitted_scale(found, observation, references, toy.sigma2)
+    points, shell = oracles.ball(toy.r_max)
+    for i in range(6):
+        mine = np.flatnonzero(found.particle == i)
+        best = mine[found.probability[mine].argmax()]
+        sampler = toy.sampler(toy.maps[found.class_index[best]])
+        model = oracles.model(sampler, points, found.rotations[best], found.shifts[best], BOX)
+        x = oracles.at(oracles.centred_cube(toy.particles[i]), points)
+        w = oracles.at(toy.weights[toy.weight_index[i]], points) ** 2 / scene["state"].group_sigma2[rows[i], shell]
+        expected = (w * (x * model.conj()).real).sum() / (w * abs(model) ** 2).sum()
+        np.testing.assert_allclose(change[i] * scene["scale"][i], expected, rtol=1e-4)
+
+
+def test_scales_keep_their_median_and_bounds() -> None:
+    old, change = np.array([1.0, 2.0, 0.5, 1.0, 1.0]), np.array([4.0, 2.0, 8.0, -7.0, 1e9])
+    np.testing.assert_array_equal(new_scale(old, change), [1, 1, 1, SCALES[0], SCALES[1]])
+    np.testing.assert_array_equal(new_scale(None, np.array([1.0, 2.0, np.nan])), [1, 2, 1])
+    np.testing.assert_array_equal(new_scale(None, np.array([-1.0, -2.0, 3.0])), [1, 1, 1])
+
+
 def test_pairs_of_weight_and_group_have_names_of_their_own(scene: dict[str, Any]) -> None:
-    batch, plain, rows = scene["batch"], scene["plain"], scene["rows"]
-    pairs = [(plain.weight_ids[w], r) for w, r in zip(plain.weight_index, rows, strict=True)]
-    assert len(batch.weights) == len(batch.weight_ids) == len(set(batch.weight_ids)) == len(set(pairs)) == 4
+    batch, plain, rows, scaled = scene["batch"], scene["plain"], scene["rows"], scene["state"].scale is not None
+    pairs = [
+        (plain.weight_ids[w], r, i * scaled) for i, (w, r) in enumerate(zip(plain.weight_index, rows, strict=True))
+    ]
+    distinct = 6 if scaled else 4
+    assert len(batch.weights) == len(batch.weight_ids) == len(set(batch.weight_ids)) == len(set(pairs)) == distinct
     for i in range(6):
         for j in range(6):
             same = batch.weight_ids[batch.weight_index[i]] == batch.weight_ids[batch.weight_index[j]]
             assert same == (pairs[i] == pairs[j])
     # In a batch of others the name is the same.
     toy, state = scene["toy"], scene["state"]
-    alone = NoiseGroups(("all", "g1", "g2"), rows).weigh(replace(plain, weight_index=toy.weight_index[2:3]), 2, state)
+    one = replace(plain, weight_index=toy.weight_index[2:3])
+    groups = NoiseGroups(("all", "g1", "g2"), np.concatenate([[0], rows, [0]]))
+    alone, spectra = groups.weigh(one, fourier.transform(toy.particles[2:3]), 3, state)
+    np.testing.assert_array_equal(spectra[0], scene["spectra"][2])
     assert alone.weight_ids == (batch.weight_ids[batch.weight_index[2]],)
     np.testing.assert_array_equal(alone.weights[0], batch.weights[batch.weight_index[2]])
 
@@ -159,15 +199,17 @@ def test_average_of_two_groups_is_weighted_by_their_inverse_variances(scene: dic
         np.arange(n), np.zeros(n, np.int64), np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3)), np.ones(n),
         np.zeros((n, toy.r_max + 1)), np.zeros(n), np.ones((n, 1)), n,
     )  # fmt: skip
-    spectra = fourier.transform(toy.particles)
     sums, weights = maximization.rotate_back(
-        spectra, batch.weights, batch.weight_index, None, posterior, support, 1, 1, compensate=False
+        scene["spectra"], batch.weights, batch.weight_index, None, posterior, support, 1, 1, compensate=False
     )
     found = maximization.direct_average(sums, weights, np.array([float(n)]))[0]
     curves = scene["state"].group_sigma2[rows][:, support.shell]  # (n, M)
     w = support.gather(scene["plain"].weights)[toy.weight_index] ** 2 / curves
-    expected = (w * support.gather(spectra)).sum(axis=0) / np.maximum(w.sum(axis=0), 1e-30)
-    covered = w.sum(axis=0) * toy.sigma2[support.shell] > 1.01 * maximization.COVERAGE_FLOOR * n
+    scale = scene["scale"][:, None]
+    total = (w * scale**2).sum(axis=0)
+    spectra = support.gather(fourier.transform(toy.particles))
+    expected = (w * scale * spectra).sum(axis=0) / np.maximum(total, 1e-30)
+    covered = total * toy.sigma2[support.shell] > 1.01 * maximization.COVERAGE_FLOOR * n
     assert covered.mean() > 0.9
     np.testing.assert_allclose(found[covered], expected[covered], rtol=1e-5)
 
@@ -458,9 +500,22 @@ def test_one_group_changes_nothing(crowd: ArrayParticles) -> None:
     assert runs[0].history[-1].log_likelihood == runs[1].history[-1].log_likelihood
 
 
+@pytest.mark.parametrize("update", ["ratio", "wiener"])
+def test_what_the_curves_are_relative_to_does_not_matter(crowd: ArrayParticles, update: Any) -> None:
+    """sigma_g^2 is the common curve times the group's: half of the one and twice the other are the same model."""
+    plan = Plan.make(crowd, replace(OPTIONS, noise_groups="tomogram", update=update))
+    begun = faml.start(plan, crowd, None, None)
+    half, twice = begun.state.sigma2 / 2, 2 * begun.state.relative_noise  # type: ignore[operator]
+    other = replace(begun, state=replace(begun.state, sigma2=half, relative_noise=twice))
+    first, second = (faml.iterate(plan, crowd, c) for c in (begun, other))
+    assert first.history[-1].log_likelihood == pytest.approx(second.history[-1].log_likelihood, rel=1e-6)
+    np.testing.assert_allclose(first.state.group_sigma2[1:], second.state.group_sigma2[1:], rtol=1e-4)
+    np.testing.assert_allclose(first.state.maps, second.state.maps, atol=1e-4 * first.state.maps.max())
+
+
 def test_run_with_groups_goes_on_as_if_unbroken(crowd: ArrayParticles, tmp_path: Path) -> None:
-    """Checkpoint and model file hold the groups' curves; the run that goes on from them ends the same."""
-    options, states = replace(OPTIONS, iterations=3, noise_groups="tomogram"), []
+    """Checkpoint and model file hold the groups' curves and scales; the run that goes on from them ends the same."""
+    options, states = replace(OPTIONS, iterations=3, noise_groups="tomogram", scale_correction=True), []
     facts = {"options": {}, "input": {"fingerprint": "0"}, "start": {}, "versions": {}}
     with RunFolder(tmp_path) as folder:
         folder.begin(facts)
@@ -480,6 +535,24 @@ def test_run_with_groups_goes_on_as_if_unbroken(crowd: ArrayParticles, tmp_path:
     mine = model["famlNoiseGroup"] == "t2"
     np.testing.assert_allclose(model["rlnSigma2Noise"][mine], whole.state.group_sigma2[2], rtol=1e-9)
     assert list(model["rlnSpectralIndex"][mine]) == list(range(SHELLS))
+    np.testing.assert_array_equal(again.state.scale, whole.state.scale)
+    scales = starfile.read(tmp_path / "run_it003_model.star")["model_scale"]["famlScale"]
+    np.testing.assert_allclose(scales, whole.state.scale, rtol=1e-9)
+
+
+def test_scales_of_particles_are_found(rng: np.random.Generator, oracles: Any) -> None:
+    """Signals of strength 1 and 2.5 in equal noise, random poses, from the structure: scales a factor of 2.5 apart."""
+    n, (centres, widths, masses) = 24, oracles.blobs(rng, 6, 1.8, 1.1)
+    strength = np.where(np.arange(n) % 2, 2.5, 1.0)
+    rotations = Rotation.random(n, random_state=6).as_matrix()
+    volumes = [s * oracles.blob_volume(BOX, centres @ r.T, widths, masses)
+               for s, r in zip(strength, rotations, strict=True)]  # fmt: skip
+    boxes = np.array(volumes) + 0.01 * rng.standard_normal((n, BOX, BOX, BOX))
+    reference = oracles.blob_volume(BOX, centres, widths, masses).astype(np.float32)
+    options = replace(OPTIONS, iterations=3, bandwidth=None, candidates=20, normalize=False, scale_correction=True)
+    found = faml.run(ArrayParticles(boxes, VOXEL), options, reference=reference).state.scale
+    assert found is not None
+    np.testing.assert_allclose(found / found.mean(), strength / strength.mean(), rtol=0.1)
 
 
 def test_final_average_trusts_the_quiet_group(rng: np.random.Generator, oracles: Any) -> None:
