@@ -143,7 +143,7 @@ def timing_case(args: argparse.Namespace) -> None:
 
 
 def noise_case(args: argparse.Namespace) -> None:
-    """Ribosomes at two noise levels, the standard deviations as 1 to 3 (32^3, voxel 12 A), from the structure at 80 A.
+    """Ribosomes at two noise levels, deviations as 1 to `--ratio` (32^3, voxel 12 A), from the structure at 80 A.
 
     One noise curve for all, and one for each level; grey values as they are, and normalised, where it is the signal's
     scale that differs.
@@ -151,7 +151,9 @@ def noise_case(args: argparse.Namespace) -> None:
     counts, box, voxel = (args.n // 2, args.n // 2), 32, 12.0
     sims = [
         simulate_particles([ribosome()], [n], box=box, voxel_size=voxel, snr=snr, max_shift=1.5, seed=seed)
-        for n, snr, seed in zip(counts, (args.snr, args.snr / 9), (args.seed, args.seed + 1000), strict=True)
+        for n, snr, seed in zip(
+            counts, (args.snr, args.snr / args.ratio**2), (args.seed, args.seed + 1000), strict=True
+        )
     ]
     level = np.repeat([0, 1], counts)
     rotations, shifts = (np.concatenate([getattr(s, name) for s in sims]) for name in ("rotations", "shifts"))
@@ -167,7 +169,7 @@ def noise_case(args: argparse.Namespace) -> None:
         r = metrics.align_map(
             result.maps[0], sims[0].truth[0], voxel_size=voxel, mask_radius=ribosome().radius, resolution=30
         )[2]
-        say(case="noise", run=name, seed=args.seed, n=args.n, snr=args.snr, r30=round(r, 4),
+        say(case="noise", run=name, ratio=args.ratio, seed=args.seed, n=args.n, snr=args.snr, r30=round(r, 4),
             median=[round(float(np.median(errors[level == g])), 1) for g in (0, 1)],
             within20=[round(float((errors[level == g] < 20).mean()), 3) for g in (0, 1)],
             iterations=len(result.history), s=round(time.perf_counter() - begin))  # fmt: skip
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--resolutions", nargs="+", type=float, default=[40.0])
     parser.add_argument("--boxes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ratio", type=float, default=3.0, help="of the noise levels of `noise`")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", default=".")
     args = parser.parse_args()

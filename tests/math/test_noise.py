@@ -26,12 +26,13 @@ from faml_gpu.plan import Plan
 from faml_gpu.posteriors import one_hot
 from faml_gpu.run_folder import RunFolder, read_checkpoint
 from faml_gpu.starting import final_averages
-from faml_gpu.weights import FLOOR, missing_wedge
+from faml_gpu.weights import missing_wedge
 
 BOX, VOXEL = 16, 10.0
 BACK = 0.03  # of interpolation
 HALF = (BOX, BOX, BOX // 2 + 1)
 SHELLS = fourier.full_band(BOX) + 1
+BEFORE = np.array([[1.0], [0.5], [3.0]]) * np.ones(SHELLS)  # relative noise that is to be forgotten
 OPTIONS = Options(iterations=1, mask_radius=50.0, max_shift=10.0, bandwidth=6, candidates=4, device="cpu", threads=1)
 
 
@@ -256,7 +257,7 @@ def test_variance_of_coloured_noise_is_recovered_by_group(rng: np.random.Generat
     found = noise_groups(particles, OPTIONS)
     assert found.names == ("all", "quiet", "loud")
     np.testing.assert_array_equal(found.row, 1 + index)
-    new = recovered(particles, np.full((3, SHELLS), 1.0), found)
+    new = recovered(particles, BEFORE, found)
     assert new.group_sigma2.shape == (3, SHELLS)
     for g in (0, 1):
         off = deviations(new.group_sigma2[1 + g], curves[g], weight, n)
@@ -271,15 +272,21 @@ def test_variance_of_coloured_noise_is_recovered_by_group(rng: np.random.Generat
     assert list(begun.noise_groups) == ["all", "quiet", "loud"]  # type: ignore[arg-type]
 
 
-def test_variance_of_premultiplied_noise_is_recovered(rng: np.random.Generator) -> None:
-    """sqrt(W) noise, W with multiplicities and without a wedge of zeros: sigma^2 is that of the noise, whatever W."""
-    n, curve = 30, np.linspace(30, 5, SHELLS)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_variance_of_premultiplied_noise_is_recovered(grouped: bool, rng: np.random.Generator) -> None:
+    """sqrt(W) noise, W with multiplicities and without a wedge of zeros: sigma^2 is that of the noise, whatever W.
+
+    One particle of five has the larger W, and may have noise of its own.
+    """
+    n, curves = 100, np.array([np.linspace(30, 5, SHELLS)] * 2)
+    curves[1] *= 4 if grouped else 1
     wedge = missing_wedge(BOX, (-50, 60))
     products = np.stack([symmetric(rng, 0.1, 4.0) * wedge, symmetric(rng, 2.0, 9.0) * wedge])
-    index = np.arange(n) % 2
-    spectra = np.sqrt(products)[index] * coloured(rng, n, curve)
-    particles = ArrayParticles(boxes_of(spectra), VOXEL, products, index, premultiplied=True)
-    batch = particles.read(np.arange(2))
+    index = (np.arange(n) % 5 == 0).astype(np.int64)
+    spectra = np.sqrt(products)[index] * np.concatenate([coloured(rng, 1, curves[g]) for g in index])
+    groups = {"optics": Groups(("few", "many"), index)} if grouped else None
+    particles = ArrayParticles(boxes_of(spectra), VOXEL, products, index, groups=groups, premultiplied=True)
+    batch = particles.read(np.array([1, 0]))
     shell = fourier.shells_of_half(BOX)
     seen = products > 0
     # What w^2 is W over, is one number a shell, so that its mean is 1.
@@ -289,15 +296,17 @@ def test_variance_of_premultiplied_noise_is_recovered(rng: np.random.Generator) 
         inside = o & (shell >= 1) & (shell < SHELLS)
         np.testing.assert_allclose(w[inside] ** 2 * common[shell[inside] - 1], p[inside], rtol=1e-5)
         assert not w[~o].any()
-    new = recovered(particles, None, noise_groups(particles, OPTIONS))
-    assert new.relative_noise is None
-    truth = np.append(1, curve[1:] / common)
-    off = deviations(new.sigma2, truth, wedge, n)
-    assert abs(off).max() < 4, off
-    # And so it is at the start, from 20 of them.
+    found = noise_groups(particles, OPTIONS)
+    new = recovered(particles, BEFORE if grouped else None, found)
     begun = faml.start(Plan.make(particles, replace(OPTIONS, normalize=False)), particles, None, None).state
-    off = deviations(begun.sigma2, truth * (1 + 1 / n), wedge, 20)
-    assert abs(off).max() < 5, off
+    truth = curves / np.append(1, common)
+    for g in (0, 1) if grouped else (0,):
+        members = (np.arange(n)[index == g]) if grouped else np.arange(n)
+        off = deviations(new.group_sigma2[g + grouped], truth[g], wedge, len(members))
+        assert abs(off).max() < 4, off
+        # And so it is at the start, from 20 of them; the mean of all takes some away.
+        off = deviations(begun.group_sigma2[g + grouped], truth[g], wedge, 20)
+        assert abs(off).max() < 5, off
 
 
 # --- premultiplied boxes --------------------------------------------------------------------------------------
@@ -372,7 +381,7 @@ def test_where_nothing_was_multiplied_nothing_counts(premultiplied: dict[str, An
         for s in (premultiplied["spectra"], spoilt)
     )
     np.testing.assert_allclose(dirty, clean, rtol=1e-4)
-    small = np.where(products == 0, 0.9 * FLOOR * products.max(axis=(1, 2, 3), keepdims=True), products)
+    small = np.where(products == 0, 0.9e-4 * products.max(axis=(1, 2, 3), keepdims=True), products)
     particles, plan = opened(premultiplied | {"products": small.astype(np.float32)}, spoilt)
     np.testing.assert_allclose(log_likelihoods(particles, plan, models, np.full(SHELLS, 4.0)), clean, rtol=1e-4)
     batch = particles.read(np.arange(4))
