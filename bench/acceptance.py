@@ -36,6 +36,7 @@ NOISE_RUNS: dict[str, dict[str, Any]] = {
     "groups-normalised": {"noise_groups": "optics"},
     "scale-normalised": {"noise_groups": "none", "scale_correction": True},
     "both": {"noise_groups": "optics", "scale_correction": True, "normalize": False},
+    "both-normalised": {"noise_groups": "optics", "scale_correction": True},
 }
 INSITU = Path(__file__).resolve().parents[2] / "shared" / "data" / "insitu70S"
 

@@ -138,7 +138,10 @@ def _one(particles: ParticleSource) -> NoiseGroups:
 
 def _found(particles: ParticleSource, options: Options) -> NoiseGroups:
     chosen, one = options.choices.noise_groups, _one(particles)
-    if chosen == "none":
+    # Boxes brought to one background differ in the strength of their signal, not in their noise: without a scale, what
+    # is left of the stronger ones would count as noise of their group (README, Presets: .921 for .928).
+    alike = options.normalize and not options.scale_correction
+    if chosen == "none" or (chosen == "auto" and alike):
         return one
     groups: Groups | None = particles.groups.get("optics" if chosen == "auto" else chosen)
     if groups is None:

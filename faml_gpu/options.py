@@ -76,8 +76,8 @@ class Options:
     regularization : pull of the averages towards their mean, in particles that show the mean per particle of a class
         of average size, at the start; falls to 0 over the first 60 % of the iterations (default: by preset)
     noise_groups : particles that have a noise curve of their own: those of an "optics" group or of a "tomogram",
-        "none", or "auto": optics groups, where the input has them. Groups of few particles share the curve of all (see
-        `noise.FEWEST`; default: by preset)
+        "none", or "auto": optics groups, where the input has them and particles have scales or are not normalised.
+        Groups of few particles share the curve of all (see `noise.FEWEST`; default: by preset)
     scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
         offset needs none: the zero frequency takes no part in anything
     padding : zero padding before interpolation in Fourier space

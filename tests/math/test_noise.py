@@ -254,7 +254,7 @@ def test_variance_of_coloured_noise_is_recovered_by_group(rng: np.random.Generat
     spectra = np.concatenate([coloured(rng, 1, curves[g]) for g in index]) * weight
     groups = {"optics": Groups(("quiet", "loud"), index)}
     particles = ArrayParticles(boxes_of(spectra), VOXEL, weight, groups=groups)
-    found = noise_groups(particles, OPTIONS)
+    found = noise_groups(particles, replace(OPTIONS, normalize=False))
     assert found.names == ("all", "quiet", "loud")
     np.testing.assert_array_equal(found.row, 1 + index)
     new = recovered(particles, BEFORE, found)
@@ -296,7 +296,7 @@ def test_variance_of_premultiplied_noise_is_recovered(grouped: bool, rng: np.ran
         inside = o & (shell >= 1) & (shell < SHELLS)
         np.testing.assert_allclose(w[inside] ** 2 * common[shell[inside] - 1], p[inside], rtol=1e-5)
         assert not w[~o].any()
-    found = noise_groups(particles, OPTIONS)
+    found = noise_groups(particles, replace(OPTIONS, normalize=False))
     new = recovered(particles, BEFORE if grouped else None, found)
     begun = faml.start(Plan.make(particles, replace(OPTIONS, normalize=False)), particles, None, None).state
     truth = curves / np.append(1, common)
@@ -466,17 +466,19 @@ def crowd(rng: np.random.Generator) -> ArrayParticles:
 
 
 def test_small_groups_take_the_curve_of_all(crowd: ArrayParticles) -> None:
-    found = noise_groups(crowd, Options())
+    found = noise_groups(crowd, Options(normalize=False))
     assert found.names == ("all", "A", "C")
     np.testing.assert_array_equal(found.row, np.repeat([1, 0, 2], [30, 19, 21]))
     np.testing.assert_array_equal(found.members(0), np.arange(70))
     np.testing.assert_array_equal(found.members(2), np.arange(49, 70))
     assert noise_groups(crowd, Options(noise_groups="optics")).names == ("all", "A", "C")
     assert noise_groups(crowd, Options(noise_groups="tomogram")).names == ("all", "t1", "t2")
-    for options in (Options(noise_groups="none"), Options(preset="paper")):
+    assert noise_groups(crowd, Options(scale_correction=True)).names == ("all", "A", "C")
+    # Normalised and without scales, it is not the noise that differs.
+    for options in (Options(noise_groups="none", normalize=False), Options(preset="paper", normalize=False), Options()):
         assert noise_groups(crowd, options).names == ("all",)
     # One large group and a small one are one.
-    assert noise_groups(Subset(crowd, np.arange(49)), Options()).names == ("all",)
+    assert noise_groups(Subset(crowd, np.arange(49)), Options(normalize=False)).names == ("all",)
 
 
 def test_groups_of_a_subset(crowd: ArrayParticles) -> None:
@@ -489,7 +491,7 @@ def test_groups_of_a_subset(crowd: ArrayParticles) -> None:
 
 def test_groups_that_are_not_there(crowd: ArrayParticles) -> None:
     bare = ArrayParticles(crowd.read(np.arange(3)).boxes, VOXEL)
-    assert noise_groups(bare, Options()).names == ("all",)
+    assert noise_groups(bare, Options(normalize=False)).names == ("all",)
     with pytest.raises(InputError, match="noise-groups: found 'tomogram', but the particles have no rlnTomoName"):
         noise_groups(bare, Options(noise_groups="tomogram"))
     with pytest.raises(InputError, match="option noise_groups: found 'some'"):
@@ -498,9 +500,9 @@ def test_groups_that_are_not_there(crowd: ArrayParticles) -> None:
         ArrayParticles(bare.read(np.arange(3)).boxes, VOXEL, groups={"optics": Groups(("a",), np.array([0, 0, 1]))})
     state = state_of(np.ones(SHELLS), np.ones((2, SHELLS)))
     with pytest.raises(InputError, match="found the groups all, A, C, expected all, g1 as in the run resumed"):
-        noise_groups(crowd, Options(), state)
+        noise_groups(crowd, Options(normalize=False), state)
     # A run that began with one curve goes on with one.
-    assert noise_groups(crowd, Options(), state_of(np.ones(SHELLS), None)).names == ("all",)
+    assert noise_groups(crowd, Options(normalize=False), state_of(np.ones(SHELLS), None)).names == ("all",)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------
@@ -512,7 +514,7 @@ def test_one_group_changes_nothing(crowd: ArrayParticles) -> None:
     weight = missing_wedge(BOX, (-60, 60))
     one = {"optics": Groups(("A",), np.zeros(24, np.int64))}
     runs = [
-        faml.run(ArrayParticles(boxes, VOXEL, weight, groups=groups), replace(OPTIONS, iterations=2))
+        faml.run(ArrayParticles(boxes, VOXEL, weight, groups=groups), replace(OPTIONS, iterations=2, normalize=False))
         for groups in (None, one)
     ]
     np.testing.assert_array_equal(runs[0].maps, runs[1].maps)
