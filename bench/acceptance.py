@@ -1,7 +1,8 @@
 """The figures an issue asks to be shown, each by one command: python bench/acceptance.py CASE [options].
 
 Cases: groel (100 GroEL-like boxes against the truth), ribosome (share of poses found from a random start),
-insitu (the 40 real ribosomes in ../shared/data), timing (one iteration of 20 boxes). One JSON line per run.
+insitu (the 40 real ribosomes in ../shared/data), timing (one iteration of 20 boxes), noise (boxes of two noise levels).
+One JSON line per run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from faml_gpu import faml, metrics
 from faml_gpu.array_backend import cpu_threads
-from faml_gpu.data import Checkpoint, best_poses
+from faml_gpu.data import Checkpoint, Groups, best_poses
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.options import Options
@@ -28,6 +29,15 @@ from faml_gpu.posteriors import one_hot
 from faml_gpu.simulate import groel, ribosome, simulate_particles
 from faml_gpu.starting import final_averages
 
+NOISE_RUNS: dict[str, dict[str, Any]] = {
+    "one": {"noise_groups": "none", "normalize": False},
+    "groups": {"noise_groups": "optics", "normalize": False},
+    "one-normalised": {"noise_groups": "none"},
+    "groups-normalised": {"noise_groups": "optics"},
+    "scale-normalised": {"noise_groups": "none", "scale_correction": True},
+    "both": {"noise_groups": "optics", "scale_correction": True, "normalize": False},
+    "both-normalised": {"noise_groups": "optics", "scale_correction": True},
+}
 INSITU = Path(__file__).resolve().parents[2] / "shared" / "data" / "insitu70S"
 
 
@@ -51,7 +61,7 @@ def groel_case(args: argparse.Namespace) -> None:
     phantom = groel()
     sim = simulate_particles([phantom], [args.n], box=64, voxel_size=6.0, snr=args.snr, max_shift=3.0, seed=args.seed)
     particles = ArrayParticles(sim.boxes, 6.0, weights=sim.weight)
-    for name in args.runs:
+    for name in args.runs or ("true", "default", "paper", "fa"):
         if name == "true":
             options = Options(mask_radius=args.mask)
             posterior = one_hot(np.zeros(args.n, np.int64), sim.rotations, sim.shifts, 1, known=True)
@@ -133,10 +143,43 @@ def timing_case(args: argparse.Namespace) -> None:
                 min_s=round(min(seconds), 2), steps=last.seconds)  # fmt: skip
 
 
+def noise_case(args: argparse.Namespace) -> None:
+    """Ribosomes at two noise levels, deviations as 1 to `--ratio` (32^3, voxel 12 A), from the structure at 80 A.
+
+    One noise curve for all, and one for each level; grey values as they are, and normalised, where it is the signal's
+    scale that differs.
+    """
+    counts, box, voxel = (args.n // 2, args.n // 2), 32, 12.0
+    sims = [
+        simulate_particles([ribosome()], [n], box=box, voxel_size=voxel, snr=snr, max_shift=1.5, seed=seed)
+        for n, snr, seed in zip(
+            counts, (args.snr, args.snr / args.ratio**2), (args.seed, args.seed + 1000), strict=True
+        )
+    ]
+    level = np.repeat([0, 1], counts)
+    rotations, shifts = (np.concatenate([getattr(s, name) for s in sims]) for name in ("rotations", "shifts"))
+    groups = {"optics": Groups(("quiet", "loud"), level)}
+    particles = ArrayParticles(np.concatenate([s.boxes for s in sims]), voxel, sims[0].weight, groups=groups)
+    for name in args.runs or NOISE_RUNS:
+        options = Options(
+            mask_radius=150, resolution=30, iterations=8, seed=args.seed, threads=args.threads, **NOISE_RUNS[name]
+        )
+        begin = time.perf_counter()
+        result = faml.run(particles, options, reference=sims[0].truth[0], initial_lowpass=80)
+        errors, _ = metrics.pose_errors(result.best.rotations, result.best.shifts, rotations, shifts)
+        r = metrics.align_map(
+            result.maps[0], sims[0].truth[0], voxel_size=voxel, mask_radius=ribosome().radius, resolution=30
+        )[2]
+        say(case="noise", run=name, ratio=args.ratio, seed=args.seed, n=args.n, snr=args.snr, r30=round(r, 4),
+            median=[round(float(np.median(errors[level == g])), 1) for g in (0, 1)],
+            within20=[round(float((errors[level == g] < 20).mean()), 3) for g in (0, 1)],
+            iterations=len(result.history), s=round(time.perf_counter() - begin))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=["groel", "ribosome", "insitu", "timing"])
-    parser.add_argument("--runs", nargs="+", default=["true", "default", "paper", "fa"])
+    parser.add_argument("case", choices=["groel", "ribosome", "insitu", "timing", "noise"])
+    parser.add_argument("--runs", nargs="+", help="groel: true, default, paper, fa; noise: " + ", ".join(NOISE_RUNS))
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--snr", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=1)
@@ -146,10 +189,15 @@ def main() -> None:
     parser.add_argument("--resolutions", nargs="+", type=float, default=[40.0])
     parser.add_argument("--boxes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ratio", type=float, default=3.0, help="of the noise levels of `noise`")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", default=".")
     args = parser.parse_args()
-    {"groel": groel_case, "ribosome": ribosome_case, "insitu": insitu_case, "timing": timing_case}[args.case](args)
+    cases = {
+        "groel": groel_case, "ribosome": ribosome_case, "insitu": insitu_case, "timing": timing_case,
+        "noise": noise_case,
+    }  # fmt: skip
+    cases[args.case](args)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,24 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    noise_groups: Annotated[
+        Literal["auto", "none", "optics", "tomogram"] | None,
+        typer.Option(
+            help="Which particles share a noise curve: those of an optics group or of a tomogram. auto: optics groups, "
+            "if there are several with 20 particles or more, with --scale-correction or --no-normalize.",
+            show_default="auto, paper none",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    scale_correction: Annotated[
+        bool,
+        typer.Option(
+            "--scale-correction",
+            help="Let the strength of the signal differ between particles, as it does where their noise did before it "
+            "was brought to one level.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = False
     padding: Annotated[
         int,
         typer.Option(

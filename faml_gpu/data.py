@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Batch",
     "Checkpoint",
+    "Groups",
     "IterationRecord",
     "ParticleSource",
     "Poses",
@@ -33,18 +34,36 @@ class Batch:
     Attributes
     ----------
     boxes : (B, N, N, N) float32, `[z, y, x]`, as read (not yet normalised)
-    weights : (W, N, N, N//2 + 1) float32 in [0, 1]
+    weights : (W, N, N, N//2 + 1) float32, 0 or more; in [0, 1] where the boxes are not premultiplied
         rfftn layout (not shifted), axes `[kz, ky, kx]`; one per distinct weight of the batch.
     weight_index : (B,) int64
         Row of `weights` for each box.
     weight_ids : W hashable names
         The same name means the same weight in any batch (what is computed from it can be kept).
+    multiplied : as `weights`, or None
+        What the transforms of premultiplied boxes were multiplied by, 0 where it is too small to divide by. Their
+        noise has a variance in proportion to it, that of others is the same wherever they were observed.
+    noise_rows : (B,) int64, or None
+        Where the weights are relative to each particle's noise (`noise.NoiseGroups.weigh`): which curve it has.
+    scale : (B,) float64, or None
+        Where they are relative to its scale too: the scale.
     """
 
     boxes: Float32
     weights: Float32
     weight_index: Int64
     weight_ids: tuple[str, ...]
+    multiplied: Float32 | None = None
+    noise_rows: Int64 | None = None
+    scale: Float64 | None = None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which particles belong together: `names` of the G groups, `index` (n,) int64 the group of each particle."""
+
+    names: tuple[str, ...]
+    index: Int64
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,10 @@ class ParticleSource(Protocol):
     def poses(self) -> Poses | None:
         """The poses the input came with, or None."""
 
+    @property
+    def groups(self) -> Mapping[str, Groups]:
+        """Groups the input tells of, by kind: "optics", "tomogram"; empty where it tells of none."""
+
     def __len__(self) -> int: ...
 
     def read(self, indices: Int64) -> Batch: ...
@@ -88,10 +111,14 @@ class State:
     maps : (K, N, N, N) float32, the class averages A_k
     alpha : (K,) float64, class proportions, sum 1
     sigma2 : (S,) float64, noise variance per Fourier shell |xi| = 0 .. S - 1 (all equal for a single sigma),
-        of the complex coefficient of the unscaled DFT
+        of the complex coefficient of the unscaled DFT, over all particles
     zeta : standard deviation of the shifts, voxels
     unseen : (N, N, N//2 + 1) float32 or None, the power the averages are expected to have at a Fourier voxel beside
         what the particles have told, see `maximization.wiener_average`
+    relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
+        where all share one curve
+    noise_groups : (G,) str or None, names of these groups
+    scale : (n,) float64 or None, what the average is multiplied by in each particle; None is 1
     """
 
     iteration: int
@@ -100,6 +127,14 @@ class State:
     sigma2: Float64
     zeta: float
     unseen: Float32 | None = None
+    relative_noise: Float64 | None = None
+    noise_groups: NDArray[np.str_] | None = None
+    scale: Float64 | None = None
+
+    @property
+    def group_sigma2(self) -> Float64:
+        """Noise variance (G, S) of each group, (1, S) where all share one curve."""
+        return self.sigma2[None] if self.relative_noise is None else self.sigma2 * self.relative_noise
 
 
 @dataclass

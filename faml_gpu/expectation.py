@@ -12,7 +12,7 @@ from faml_gpu import ops
 from faml_gpu.array_backend import Array, namespace, step, to_host
 from faml_gpu.fast_alignment import Candidates, Observation, Reference, margin
 
-__all__ = ["BatchPosterior", "expectation", "log_normaliser"]
+__all__ = ["BatchPosterior", "expectation", "fitted_scale", "log_normaliser"]
 
 KEPT_MASS = 0.999  # poses of a particle are kept, best first, up to this posterior mass
 
@@ -24,7 +24,7 @@ class BatchPosterior:
     particle, class_index (n,) int64; rotations (n, 3, 3); shifts (n, 3); probability (n,), sums to 1 per particle.
     residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose.
     log_likelihood (B,): logsumexp over classes and poses; class_probability (B, K), of all poses.
-    candidates: how many poses of all classes there were.
+    candidates: how many poses of all classes there were. scale (B,): see `fitted_scale`; None where not asked for.
     """
 
     particle: NDArray[np.int64]
@@ -36,6 +36,7 @@ class BatchPosterior:
     log_likelihood: NDArray[np.float64]
     class_probability: NDArray[np.float64]
     candidates: int
+    scale: NDArray[np.float64] | None = None
 
 
 def expectation(
@@ -118,6 +119,46 @@ def expectation(
         )
 
 
+def fitted_scale(
+    posterior: BatchPosterior, observation: Observation, references: list[Reference], sigma2: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What to multiply the average by, (B,), to explain each particle best in its most probable class and pose.
+
+    The least residual w^2 |X - s RA|^2 / sigma^2 is that of s = sum w^2 Re(X conj RA) / sigma^2 over sum w^2 |RA|^2 /
+    sigma^2. The first sum is half of what the residual with s = 1 is below those of X and of RA alone.
+
+    Parameters
+    ----------
+    posterior, observation, references : as in `expectation`
+    sigma2 : (S,)
+    """
+    b, support = len(observation.spectra), observation.support
+    xp = namespace(observation.spectra)
+    precision = np.zeros(support.r_max + 1)
+    precision[1:] = 1 / sigma2[1 : support.r_max + 1]
+    order = np.lexsort((posterior.probability, posterior.particle))
+    best = order[np.searchsorted(posterior.particle[order], np.arange(b), side="right") - 1]
+    weight = observation.weights[observation.weight_index] ** 2
+    own = to_host(support.shell_sums(weight * abs(observation.spectra) ** 2))
+    power = np.zeros_like(own)
+    for k, reference in enumerate(references):
+        here = posterior.class_index[best] == k
+        shells = ops.residual(
+            reference.grid,
+            xp.zeros_like(observation.spectra),
+            observation.weights,
+            observation.weight_index,
+            xp.asarray(posterior.rotations[best][:, None]),
+            xp.asarray(posterior.shifts[best][:, None]),
+            xp.asarray(here.astype(np.int64)),
+            support,
+            reference.padding,
+        )
+        power[here] = to_host(shells)[here, 0]
+    cross = 0.5 * (own + power - posterior.residual[best]) @ precision
+    return np.asarray(cross / np.maximum(power @ precision, np.finfo(np.float64).tiny))
+
+
 def _that_matter(
     candidates: list[Candidates], priors: list[Array], expected: list[Array]
 ) -> tuple[list[Candidates], list[Array], list[Array]]:
@@ -162,7 +203,8 @@ def _kept(probability: NDArray[np.float64]) -> NDArray[np.bool_]:
 def log_normaliser(observed: NDArray[np.float64], sigma2: NDArray[np.float64], zeta: float, n: int) -> float:
     """What belongs to the objective beside the log-sum-exp: -1/2 sum J log sigma^2 - (3 n / 2) log zeta^2.
 
-    observed (r_max + 1,): sum of w^2 over the particles' voxels of each shell (J°); without this term the
-    likelihood falls as sigma shrinks.
+    observed (..., r_max + 1): sum of w^2 over the particles' voxels of each shell (J°), of one or several groups with
+    sigma2 (..., S); without this term the likelihood falls as sigma shrinks.
     """
-    return float(-0.5 * (observed[1:] * np.log(sigma2[1 : len(observed)])).sum() - 1.5 * n * np.log(zeta**2))
+    logs = np.log(sigma2[..., 1 : observed.shape[-1]])
+    return float(-0.5 * (observed[..., 1:] * logs).sum() - 1.5 * n * np.log(zeta**2))

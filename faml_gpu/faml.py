@@ -22,9 +22,10 @@ from faml_gpu.data import (
 )
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
-from faml_gpu.expectation import BatchPosterior, expectation, log_normaliser
+from faml_gpu.expectation import BatchPosterior, expectation, fitted_scale, log_normaliser
 from faml_gpu.fast_alignment import single_best
 from faml_gpu.history import converged, record
+from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import join, select
@@ -88,7 +89,7 @@ def run(
             checkpoint = iterate(plan, particles, checkpoint, progress)
             if on_iteration is not None:
                 on_iteration(checkpoint)
-        maps = final_averages(plan, particles, checkpoint.posterior, progress)
+        maps = final_averages(plan, particles, checkpoint.posterior, progress, checkpoint.state)
         empty = np.bincount(checkpoint.posterior.class_index, minlength=options.n_classes) == 0
         maps[empty] = checkpoint.state.maps[empty]
     return Result(
@@ -143,7 +144,7 @@ def iterate(
 ) -> Checkpoint:
     """One iteration of Algorithm 1: Theta and the averages in, new Theta and the posterior out."""
     state, clock = checkpoint.state, Clock(plan.device)
-    band = plan.band(state)
+    band, groups = plan.band(state), noise_groups(particles, plan.options, state)
     if not band.joint:
         rng = plan.rng(state.iteration + 1)
         points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
@@ -152,6 +153,7 @@ def iterate(
     kept: list[dict[str, Array]] = [{} for _ in references]
 
     def e_step(batch: Batch, spectra: Array, first: int) -> tuple[BatchPosterior, maximization.Accumulators]:
+        batch, spectra = groups.weigh(batch, spectra, first, state)
         observation = band.observe(batch, spectra)
         if band.joint:
             with clock("pose integral"):
@@ -168,10 +170,13 @@ def iterate(
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
+        if plan.options.scale_correction:
+            posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
         with clock("rotate back"):
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
-    posteriors, total = [], maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device)
+    posteriors: list[BatchPosterior] = []
+    total = maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device, len(groups))
     for posterior, sums in plan.over_batches(particles, e_step, clock, progress, f"iteration {state.iteration + 1}"):
         total.merge(sums)
         posteriors.append(posterior)
@@ -179,7 +184,9 @@ def iterate(
     with clock("maximization"):
         total, merged = band.symmetrise(total.on_host()), join(posteriors)
         new = maximize(plan, band, state, total, old)
-        likelihood = total.log_evidence + log_normaliser(total.observed, state.sigma2, state.zeta, total.n)
+        if plan.options.scale_correction:
+            new.scale = new_scale(state.scale, np.concatenate([p.scale for p in posteriors if p.scale is not None]))
+        likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
     row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
     if plan.finds_axes(new.iteration):
         new, merged = onto_axes(plan, band, new, merged)
@@ -206,12 +213,22 @@ def maximize(
     for k in np.nonzero(total.mass <= 0)[0]:
         maps[k] = old.maps[k]  # an empty class keeps its average, to be won back
     maps = plan.regularise(maps, total.mass, old.iteration + 1)
+    per_shell, relative = choices.noise == "shell", None
+    sigma2 = maximization.new_sigma2(
+        total.residual.sum(axis=0), total.observed.sum(axis=0), old.sigma2, per_shell=per_shell
+    )
+    if old.relative_noise is not None:
+        relative = maximization.new_relative_noise(
+            total.residual, total.observed, old.group_sigma2, sigma2, per_shell=per_shell
+        )
     return State(
         iteration=old.iteration + 1,
         maps=maps,
         # Half a particle at least, so that a class without particles is not out for good.
         alpha=np.maximum(total.mass, 0.5) / np.maximum(total.mass, 0.5).sum(),
-        sigma2=maximization.new_sigma2(total.residual, total.observed, old.sigma2, per_shell=choices.noise == "shell"),
+        sigma2=sigma2,
         zeta=maximization.new_zeta(total.shift2, total.n),
         unseen=unseen,
+        relative_noise=relative,
+        noise_groups=old.noise_groups,
     )

@@ -21,6 +21,8 @@ __all__ = [
     "interpolation_grid",
     "inverse_transform",
     "make_support",
+    "mean_of_half",
+    "shells_of_half",
     "transform",
     "weight_grid",
 ]
@@ -78,6 +80,23 @@ class Support:
             part = values[..., self.shell_start[s] : self.shell_start[s + 1]]
             out[..., s] = 2 * part.sum(axis=-1, dtype=np.float64)
         return out
+
+
+def mean_of_half(values: Array) -> Array:
+    """Means (...,) float64 over the whole cube of point-symmetric values (..., N, N, N//2 + 1), rfftn layout."""
+    n = values.shape[-2]
+    planes = values.sum(axis=(-3, -2), dtype=np.float64)
+    # All kx but 0 and, for even N, N/2 stand for -kx too.
+    return (
+        2 * planes[..., : (n + 1) // 2].sum(axis=-1) - planes[..., 0] + planes[..., (n + 1) // 2 :].sum(axis=-1)
+    ) / n**3
+
+
+def shells_of_half(box: int) -> NDArray[np.int64]:
+    """Fourier shell |xi|, rounded, of each voxel of an rfftn array (N, N, N//2 + 1)."""
+    k = np.rint(np.fft.fftfreq(box) * box)
+    square = k[:, None, None] ** 2 + k[:, None] ** 2 + np.arange(box // 2 + 1.0) ** 2
+    return np.asarray(np.rint(np.sqrt(square)), np.int64)
 
 
 def full_band(box: int) -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import faml, fourier, maximization, metrics
 from faml_gpu.array_backend import cpu_threads, use_device
-from faml_gpu.data import Batch, BestPoses, Checkpoint, ParticleSource, Poses, Posterior, Progress, Result
+from faml_gpu.data import Batch, BestPoses, Checkpoint, Groups, ParticleSource, Poses, Posterior, Progress, Result
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import (
@@ -91,6 +91,11 @@ class Subset:
             return None
         classes = None if poses.classes is None else poses.classes[self.indices]
         return Poses(poses.rotations[self.indices], poses.shifts[self.indices], classes)
+
+    @property
+    def groups(self) -> Mapping[str, Groups]:
+        """Those of the source, of its particles."""
+        return {kind: Groups(g.names, g.index[self.indices]) for kind, g in self.source.groups.items()}
 
     def __len__(self) -> int:
         return len(self.indices)

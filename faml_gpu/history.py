@@ -44,11 +44,11 @@ def record(
         and pose_change < 0.25 * 180 / bandwidth
         and min(correlation) >= CONVERGED_CORRELATION
     )
-    observed = max(total.observed.sum(), 1.0)
+    seen = total.observed.sum(axis=0)
     return IterationRecord(
         iteration=new.iteration,
         log_likelihood=likelihood,
-        sigma=float(np.sqrt((total.observed * new.sigma2[: len(total.observed)]).sum() / observed)),
+        sigma=float(np.sqrt((seen * new.sigma2[: len(seen)]).sum() / max(seen.sum(), 1.0))),
         zeta=new.zeta,
         alpha=[float(a) for a in new.alpha],
         class_sizes=np.bincount(now.classes, minlength=len(new.maps)).tolist(),

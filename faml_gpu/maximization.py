@@ -17,6 +17,7 @@ __all__ = [
     "Accumulators",
     "covered",
     "direct_average",
+    "new_relative_noise",
     "new_sigma2",
     "new_zeta",
     "noise_sums",
@@ -37,7 +38,7 @@ class Accumulators:
     """Additive sums an E-step over any part of the particles leaves; `merge` adds in a fixed order.
 
     sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w;
-    mass (K,): sum of P; residual, observed (r_max + 1,): sum of P w^2 |X - RA|^2 and of w^2 per Fourier shell;
+    mass (K,): sum of P; residual, observed (G, r_max + 1): see `noise_sums`, per noise curve and Fourier shell;
     shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
     `sums` and `weights` are on the device of the E-step, the rest is NumPy's.
     """
@@ -53,14 +54,14 @@ class Accumulators:
     n: int
 
     @classmethod
-    def zero(cls, n_classes: int, n_voxels: int, r_max: int, device: str = "cpu") -> Accumulators:
+    def zero(cls, n_classes: int, n_voxels: int, r_max: int, device: str = "cpu", n_curves: int = 1) -> Accumulators:
         """Sums over no particle."""
         return cls(
             to_device(np.zeros((n_classes, n_voxels), np.complex128), device),
             to_device(np.zeros((n_classes, n_voxels)), device),
             np.zeros(n_classes),
-            np.zeros(r_max + 1),
-            np.zeros(r_max + 1),
+            np.zeros((n_curves, r_max + 1)),
+            np.zeros((n_curves, r_max + 1)),
             0.0,
             0.0,
             0,
@@ -137,11 +138,47 @@ def rotate_back(
 
 
 def noise_sums(
-    posterior: BatchPosterior, weights: Array, weight_index: Array, support: Support
+    posterior: BatchPosterior,
+    weights: Array,
+    weight_index: Array,
+    support: Support,
+    *,
+    premultiplied: bool = False,
+    rows: NDArray[np.int64] | None = None,
+    relative: NDArray[np.float64] | None = None,
+    scale: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per Fourier shell: sum of P w^2 |X - RA|^2, and of w^2 (observed voxels), over a batch."""
-    observed = to_host(support.shell_sums(weights**2))[to_host(weight_index)].sum(axis=0)
-    return posterior.probability @ posterior.residual, observed
+    """Per noise curve and Fourier shell, (G, r_max + 1): sum of P w^2 |X - RA|^2, and of w^2, over a batch.
+
+    What they are divided by each other for is the variance of X's noise where w = 1. Noise of the same variance
+    everywhere adds w^2 of it to the first. That of premultiplied boxes has the variance 1 / w^2 of it: so every voxel
+    adds it once, and the second is the number of voxels with w > 0.
+
+    Parameters
+    ----------
+    posterior : its `particle` indexes the batch
+    weights : (W, M) float32; weight_index : (B,) int64
+    premultiplied : bool
+    rows : (B,) int64, noise curve of each particle
+    relative : (G, S) float64
+        The variance of each curve, over the common one, that the weights are relative to: both sums are of the weights
+        before that. None is one curve for all.
+    scale : (B,) float64
+        Scale of each particle that the weights are relative to; None is 1.
+    """
+    part = weights > 0 if premultiplied else weights**2
+    seen = to_host(support.shell_sums(part))[to_host(weight_index)]  # (B, r_max + 1)
+    if scale is not None and not premultiplied:
+        seen = seen / scale[:, None] ** 2
+    if rows is None or relative is None:
+        return (posterior.probability @ posterior.residual)[None], seen.sum(axis=0)[None]
+    relative = relative[:, : support.r_max + 1]
+    residual, observed = np.zeros_like(relative), np.zeros_like(relative)
+    for g in np.unique(rows):
+        mine = rows[posterior.particle] == g
+        residual[g] = posterior.probability[mine] @ posterior.residual[mine] * relative[g]
+        observed[g] = seen[rows == g].sum(axis=0) * (1.0 if premultiplied else relative[g])
+    return residual, observed
 
 
 def update_average(
@@ -155,7 +192,8 @@ def update_average(
 
     Inside the active support the missing part is filled by the old average,
     A = sum P [R^-1(w X) + (1 - R^-1 w) A_old] / sum P. Outside it no A_old took part in the E-step: there A is the
-    average divided by its coverage. A class without mass keeps its old average.
+    average divided by its coverage, and so it is where weights above 1 leave nothing to fill. A class without mass
+    keeps its old average.
 
     Parameters
     ----------
@@ -167,7 +205,8 @@ def update_average(
     """
     new = direct_average(sums, weights, mass)
     for k in np.nonzero(mass > 0)[0]:
-        filled = (sums[k] + (mass[k] - weights[k]) * old[k]) / mass[k]
+        whole = np.maximum(mass[k], weights[k])
+        filled = (sums[k] + (whole - weights[k]) * old[k]) / whole
         new[k, inside] = filled[inside]
     for k in np.nonzero(mass <= 0)[0]:
         new[k] = old[k]
@@ -245,6 +284,23 @@ def new_sigma2(
         seen = np.nonzero(observed > 0)[0]
         new[seen] = residual[seen] / observed[seen]
     return np.maximum(new, max(SIGMA2_FLOOR * new[1:].mean(), np.finfo(np.float64).tiny))
+
+
+def new_relative_noise(
+    residual: NDArray[np.float64],
+    observed: NDArray[np.float64],
+    old: NDArray[np.float64],
+    sigma2: NDArray[np.float64],
+    *,
+    per_shell: bool,
+) -> NDArray[np.float64]:
+    """Noise variance of each group over the common one, (G, S); the first is the common one itself.
+
+    residual, observed (G, r_max + 1), each group's; old (G, S), its variance before, kept where none of its voxels is
+    observed; sigma2 (S,), the new common variance.
+    """
+    curves = [new_sigma2(r, o, was, per_shell=per_shell) for r, o, was in zip(residual, observed, old, strict=True)]
+    return np.stack([sigma2, *curves[1:]]) / sigma2
 
 
 def new_zeta(shift2: float, n: int) -> float:

@@ -26,6 +26,7 @@ class Preset:
         on the "grid" of c~
     regularization : default of the option
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
+    noise_groups : default of the option
     """
 
     magnitudes: Literal["centred", "plain"]
@@ -37,11 +38,12 @@ class Preset:
     poses: Literal["refined", "grid"]
     regularization: float
     bandwidth: Literal["rule", "fixed"]
+    noise_groups: Literal["auto", "none", "optics", "tomogram"]
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule"),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed"),
+    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto"),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none"),
 }
 
 
@@ -76,6 +78,11 @@ class Options:
     helix : rise (Angstrom) and twist (degrees) per subunit of a filament along z of the average
     regularization : pull of the averages towards their mean, in particles that show the mean per particle of a class
         of average size, at the start; falls to 0 over the first 60 % of the iterations (default: by preset)
+    noise_groups : particles that have a noise curve of their own: those of an "optics" group or of a "tomogram",
+        "none", or "auto": optics groups, where the input has them and particles have scales or are not normalised.
+        Groups of few particles share the curve of all (see `noise.FEWEST`; default: by preset)
+    scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
+        offset needs none: the zero frequency takes no part in anything
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : subtract the mean and divide by the standard deviation outside the mask
@@ -99,6 +106,8 @@ class Options:
     symmetry: str = "C1"
     helix: tuple[float, float] | None = None
     regularization: float | None = None
+    noise_groups: Literal["auto", "none", "optics", "tomogram"] | None = None
+    scale_correction: bool = False
     padding: int = 2
     invert: bool = False
     normalize: bool = True
@@ -136,6 +145,12 @@ class Options:
                 self.regularization,
                 "0 to 100",
             ),
+            (
+                self.noise_groups in (None, "auto", "none", "optics", "tomogram"),
+                "noise_groups",
+                self.noise_groups,
+                "'auto', 'none', 'optics' or 'tomogram'",
+            ),
             (self.padding in (1, 2, 3, 4), "padding", self.padding, "1, 2, 3 or 4"),
         ]
         for valid, name, found, expected in checks:
@@ -146,6 +161,7 @@ class Options:
     def choices(self) -> Preset:
         """What the preset says, and the options that overrule it."""
         preset = PRESETS[self.preset]
+        preset = replace(preset, noise_groups=self.noise_groups or preset.noise_groups)
         if self.method == "fa":
             return replace(preset, sampler="magnitude", update="ratio")
         return replace(preset, sampler=self.sampler or preset.sampler, update=self.update or preset.update)

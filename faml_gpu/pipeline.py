@@ -22,6 +22,7 @@ from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.errors import InputError
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
+from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.run_folder import RunFolder
@@ -127,6 +128,7 @@ def classify(
     source = data.source
     if n_classes > len(source):
         raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
+    noise_groups(source, chosen)  # those asked for are there
     start_map = None if reference is None else _read_reference(reference, source)
     lowpass = start_lowpass(initial_lowpass, source.voxel_size, known=start_map is not None or use_poses)
     resolved = resolve(chosen, source.box, source.voxel_size, lowpass)

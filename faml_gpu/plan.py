@@ -192,14 +192,29 @@ class Plan:
     def to_device(self, batch: Batch) -> Batch:
         """The batch with its arrays on the device: the one transfer to it."""
         boxes, weights, index = (to_device(a, self.device) for a in (batch.boxes, batch.weights, batch.weight_index))
-        return replace(batch, boxes=boxes, weights=weights, weight_index=index)
+        multiplied = None if batch.multiplied is None else to_device(batch.multiplied, self.device)
+        return replace(batch, boxes=boxes, weights=weights, weight_index=index, multiplied=multiplied)
 
     def spectra(self, batch: Batch) -> Array:
-        """Transforms (B, N, N, N//2 + 1) complex64 of the boxes, normalised and with bright protein."""
+        """Transforms (B, N, N, N//2 + 1) complex64 of the boxes, normalised and with bright protein.
+
+        Those of premultiplied boxes X' = W RA + noise of variance sigma^2 W are divided by W: X = X' / W has noise of
+        variance sigma^2 / W, and with w^2 = W the same likelihood, |X' - W RA|^2 / (sigma^2 W) = w^2 |X - RA|^2 /
+        sigma^2; where W is 0 there is nothing to know. X' is normalised before, when its background is that of the box,
+        and then has the variance 1 for mean W sigma^2, so that it is sigma that all boxes share.
+        """
+        xp = namespace(batch.boxes)
         boxes = -batch.boxes if self.options.invert else batch.boxes
         if self.options.normalize:
-            boxes = masks.normalise(boxes, namespace(boxes).asarray(self.mask))
-        return fourier.transform(boxes)
+            boxes = masks.normalise(boxes, xp.asarray(self.mask))
+        spectra = fourier.transform(boxes)
+        if batch.multiplied is None:
+            return spectra
+        by = batch.multiplied
+        inverse = xp.where(by > 0, 1 / xp.where(by > 0, by, 1), 0).astype(np.float32)
+        if self.options.normalize:
+            inverse *= xp.sqrt(fourier.mean_of_half(by))[:, None, None, None].astype(np.float32)
+        return spectra * inverse[batch.weight_index]
 
     def to_maps(self, averages: NDArray[np.complex128] | NDArray[np.complex64], support: Support) -> Float32:
         """Maps (K, N, N, N) float32 from averages (K, M); the constant left free puts the background at 0."""
@@ -466,10 +481,19 @@ class Band:
     ) -> maximization.Accumulators:
         """What a batch adds to the sums of the M-step."""
         n_classes = posterior.class_probability.shape[1]
-        printed = self.plan.options.choices.update == "printed"
-        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=printed)
+        # To multiply by the weight twice, as printed, makes sense of 0 and 1.
+        plain = batch.multiplied is None and batch.noise_rows is None
+        twice = self.plan.options.choices.update == "printed" and plain
+        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=twice)
         residual, observed = maximization.noise_sums(
-            posterior, observation.weights, observation.weight_index, self.support
+            posterior,
+            observation.weights,
+            observation.weight_index,
+            self.support,
+            premultiplied=batch.multiplied is not None,
+            rows=batch.noise_rows,
+            relative=self.state.relative_noise,
+            scale=batch.scale,
         )
         return maximization.Accumulators(
             sums,

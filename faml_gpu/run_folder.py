@@ -32,6 +32,7 @@ from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
+from faml_gpu.options import Options
 from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
 
 __all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint", "writing"]
@@ -326,8 +327,9 @@ def _plain(array: NDArray[Any]) -> Any:
 def _check_agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other options or other data."""
     old, new = before.get("options", {}), now["options"]
+    defaults = asdict(Options())  # of options that were not there when the run began
     for name, value in new.items():
-        found = old.get(name)
+        found = old.get(name, defaults.get(name))
         if name == "iterations":
             if found is not None and value < found:
                 raise InputError(f"option iterations: found {value}, expected at least the {found} of the run resumed")
@@ -397,6 +399,14 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
             "famlSeconds": list(record.seconds.values()),
         },
     }
+    if state.noise_groups is not None:
+        blocks["model_noise_groups"] = {
+            "famlNoiseGroup": np.repeat(state.noise_groups, len(shells)),
+            "rlnSpectralIndex": np.tile(shells, len(state.noise_groups)),
+            "rlnSigma2Noise": state.group_sigma2.ravel(),
+        }
+    if state.scale is not None:
+        blocks["model_scale"] = {"famlParticle": np.arange(1, len(state.scale) + 1), "famlScale": state.scale}
     write_star(path, {name: items for name, items in blocks.items() if name != "model_seconds" or record.seconds})
 
 

@@ -11,6 +11,7 @@ from faml_gpu import fourier, maximization, symmetry
 from faml_gpu.array_backend import Array, to_host
 from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, Progress, State
 from faml_gpu.geometry import random_rotations
+from faml_gpu.noise import noise_groups
 from faml_gpu.plan import Band, Clock, Plan
 from faml_gpu.posteriors import one_hot, select
 from faml_gpu.symmetry_axes import find_axes, in_frame, moved_onto_axes
@@ -41,21 +42,26 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
     posterior = one_hot(classes, rotations, shifts, n_classes, known=poses is not None)
     maps = final_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior)
     # The paper takes one random particle and class; a curve per shell needs a few of them to be smooth.
-    chosen = np.sort(rng.choice(n, min(n, 1 if plan.options.choices.noise == "single" else 20), replace=False))
-    sigma2 = _initial_sigma2(plan, particles, chosen, maps, posterior)
+    most, groups = 1 if plan.options.choices.noise == "single" else 20, noise_groups(particles, plan.options)
+    curves = []
+    for members in map(groups.members, range(len(groups))):
+        chosen = np.sort(rng.choice(members, min(len(members), most), replace=False))
+        curves.append(_initial_sigma2(plan, particles, chosen, maps, posterior))
     if reference is not None:
         maps = np.repeat(plan.scaled_like(reference, maps.mean(axis=0))[None], n_classes, axis=0)
     if reference is not None or poses is not None:
         maps = plan.lowpass(maps)
     maps = plan.regularise(maps, np.bincount(classes, minlength=n_classes).astype(np.float64), 0)
-    state = State(0, maps, np.full(n_classes, 1 / n_classes), sigma2, float(plan.box))
+    state = State(0, maps, np.full(n_classes, 1 / n_classes), curves[0], float(plan.box))
+    if len(groups) > 1:
+        state.relative_noise, state.noise_groups = np.stack(curves) / curves[0], np.array(groups.names)
     return Checkpoint(state, posterior, [])
 
 
 def _initial_sigma2(
     plan: Plan, particles: ParticleSource, chosen: Int64, maps: Float32, posterior: Posterior
 ) -> NDArray[np.float64]:
-    """Mean of w^2 |X - A|^2 over the observed voxels, per Fourier shell or over all of them."""
+    """Mean of w^2 |X - A|^2 over the observed voxels (see `noise_sums`), per Fourier shell or over all of them."""
     support = fourier.make_support(plan.box, fourier.full_band(plan.box))
     batch = particles.read(chosen)
     spectra = support.gather(plan.spectra(batch))
@@ -66,7 +72,7 @@ def _initial_sigma2(
     # A box that does not lie as its average does has no simple difference: all its power counts as noise.
     model = average[posterior.class_index[chosen]] * phases * lies[:, None]
     residual = support.shell_sums(weights**2 * np.abs(spectra - model) ** 2).sum(axis=0)
-    observed = support.shell_sums(weights**2).sum(axis=0)
+    observed = support.shell_sums(weights**2 if batch.multiplied is None else weights > 0).sum(axis=0)
     flat = np.full(plan.n_shells, residual.sum() / max(observed.sum(), 1.0))
     if plan.options.choices.noise == "single":
         return flat
@@ -74,26 +80,40 @@ def _initial_sigma2(
 
 
 def final_averages(
-    plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
+    plan: Plan,
+    particles: ParticleSource,
+    posterior: Posterior,
+    progress: Progress | None = None,
+    state: State | None = None,
 ) -> Float32:
-    """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage."""
-    averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress))
+    """Wedge-weighted averages (K, N, N, N) at full band over a posterior, divided by their coverage.
+
+    With the `state` the posterior belongs to, particles are also weighted by their noise and scale.
+    """
+    averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress, state))
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     return plan.helical(plan.to_maps(averages, support))
 
 
 def average_sums(
-    plan: Plan, particles: ParticleSource, posterior: Posterior, progress: Progress | None = None
+    plan: Plan,
+    particles: ParticleSource,
+    posterior: Posterior,
+    progress: Progress | None = None,
+    state: State | None = None,
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64], NDArray[np.float64]]:
-    """Sums and weights (K, M) and mass (K,) of the M-step at full band over a posterior, symmetry imposed."""
+    """Sums and weights (K, M) and mass (K,) of the M-step at full band, symmetry imposed; `state` as above."""
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
     weights = np.zeros((n_classes, len(support)))
     clock = Clock(plan.device)
+    groups = None if state is None else noise_groups(particles, plan.options, state)
 
     def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
         part = select(posterior, first, first + len(spectra))
+        if state is not None and groups is not None:
+            batch, spectra = groups.weigh(batch, spectra, first, state)
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 

@@ -1,6 +1,6 @@
 """Fourier weights: the missing wedge of a tilt series, and the file layouts of 3-D weights.
 
-Inside the package a weight is an (N, N, N//2 + 1) float32 array in [0, 1] in the layout of `rfftn`:
+Inside the package a weight is an (N, N, N//2 + 1) float32 array, 0 or more, in the layout of `rfftn`:
 axes `[kz, ky, kx]`, kz and ky in FFT order (0, 1 .. -1; for even N the entry N/2 stands for -N/2),
 kx = 0 .. N//2. Weights are point-symmetric, w(-k) = w(k), as real-space data are real.
 """
@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.errors import InputError
+from faml_gpu.fourier import shells_of_half
 
 __all__ = [
     "WedgeFigures",
+    "amplitudes",
     "centred_from_half",
+    "divisible",
     "half_from_centred",
     "missing_wedge",
     "read_layout",
+    "shell_means",
     "wedge_consistency",
     "wedge_warning",
 ]
@@ -29,6 +33,7 @@ Float32 = NDArray[np.float32]
 
 # Rounding in files (float16, interpolation) is no reason to refuse a weight; it is clipped to [0, 1].
 ROUNDING = 1e-3
+FLOOR = 1e-4  # of the largest W of a premultiplied box
 # Mirrored against stated wedge: the power differs by sampling noise of about 1 % for a few boxes of 32^3.
 MARGIN = 1.05
 
@@ -126,7 +131,7 @@ def centred_from_half(half: NDArray[Any], box: int) -> Float32:
     return np.ascontiguousarray(np.fft.fftshift(full))
 
 
-def read_layout(array: NDArray[Any], box: int, name: str = "weight") -> Float32:
+def read_layout(array: NDArray[Any], box: int, name: str = "weight", *, premultiplied: bool = False) -> Float32:
     """A weight as stored in a file, in rfftn layout.
 
     Parameters
@@ -134,17 +139,18 @@ def read_layout(array: NDArray[Any], box: int, name: str = "weight") -> Float32:
     array : (N, N, N) centred cube, or (N, N, N//2 + 1) FFTW half, axes [kz, ky, kx]
     box : N of the subtomograms
     name : for messages, e.g. the file
+    premultiplied : the weight is the W that boxes were multiplied by, a sum of CTF^2: 0 or more, unbounded
 
     Returns
     -------
-    (N, N, N//2 + 1) float32 array in [0, 1]
+    (N, N, N//2 + 1) float32 array, in [0, 1] if not of premultiplied boxes
         Of a centred cube, the half kx >= 0 as it is: weights made by placing slices voxel by voxel are a few
         per cent asymmetric, and are used as given.
 
     Raises
     ------
     InputError
-        Other shape; NaN or values outside [0, 1]; 0 everywhere.
+        Other shape; NaN or values outside [0, 1] (or below 0, of premultiplied boxes); 0 everywhere.
     """
     cube, half = (box, box, box), (box, box, box // 2 + 1)
     if array.shape not in (cube, half):
@@ -153,17 +159,48 @@ def read_layout(array: NDArray[Any], box: int, name: str = "weight") -> Float32:
             f"or an FFTW half {half} for subtomograms of {box} voxels"
         )
     low, high = float(array.min()), float(array.max())  # NaN if any value is
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+    if premultiplied:
+        if not (low >= -ROUNDING * max(high, 0.0) and np.isfinite(high)):
+            raise InputError(
+                f"{name}: Fourier weight from {low:g} to {high:g}, expected 0 or more: of boxes multiplied by their "
+                "CTF (rlnCtfDataAreCtfPremultiplied) it is a sum of CTF^2"
+            )
+    elif not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise InputError(
-            f"{name}: Fourier weight from {low:g} to {high:g}, expected values in 0 .. 1 "
-            "(signed CTFs and multiplicities are not supported)"
+            f"{name}: Fourier weight from {low:g} to {high:g}, expected values in 0 .. 1 (no signed CTF; CTF^2 with "
+            "multiplicities only where the boxes are multiplied by it, rlnCtfDataAreCtfPremultiplied 1)"
         )
     if high <= 0:
         raise InputError(f"{name}: Fourier weight is 0 everywhere, expected values in 0 .. 1")
-    weight = np.clip(np.asarray(array, dtype=np.float32), 0.0, 1.0)
+    weight = np.clip(np.asarray(array, dtype=np.float32), 0.0, None if premultiplied else 1.0)
     if array.shape == half:
         return np.ascontiguousarray(weight)
     return half_from_centred(weight)
+
+
+def divisible(multiplied: Float32) -> Float32:
+    """W (N, N, N//2 + 1) of premultiplied boxes, 0 where it is at most `FLOOR` of its largest value.
+
+    There a box has next to no signal, and what windows and rounding leave would be divided by next to nothing.
+    """
+    return np.where(multiplied > FLOOR * multiplied.max(), multiplied, np.float32(0))
+
+
+def shell_means(multiplied: Float32) -> NDArray[np.float64]:
+    """Mean of W (N, N, N//2 + 1) where it is not 0, per Fourier shell; 0 in a shell without."""
+    shell, seen = shells_of_half(len(multiplied)), multiplied > 0
+    total = np.bincount(shell.ravel(), multiplied.ravel())
+    return np.asarray(total / np.maximum(np.bincount(shell.ravel(), seen.ravel()), 1))
+
+
+def amplitudes(multiplied: Float32, means: NDArray[np.float64]) -> Float32:
+    """Weights w = sqrt(W / m) (N, N, N//2 + 1) that premultiplied boxes have once they are divided by W.
+
+    m is common to all boxes, one number per Fourier shell: it is the noise variance that takes it up. With the mean of
+    W for m, w^2 has the mean 1, as if each voxel were observed once.
+    """
+    common = np.where(means > 0, means, 1.0)[shells_of_half(len(multiplied))]
+    return np.sqrt(multiplied / common).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ def snr_scores(
     except InputError as error:
         notes.append(f"no signal-to-noise ratio, the particles cannot be read: {error}")
         return []
+    if source.read(np.zeros(1, np.int64)).multiplied is not None:
+        notes.append("no signal-to-noise ratio: the particles are multiplied by their CTF")
+        return []
     sets = [("found", found.labels, found.poses)]
     if truth is not None and truth.poses is not None:
         sets.append(("true", truth.labels, truth.poses))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -20,16 +20,25 @@ import numpy as np
 import scipy.fft
 from numpy.typing import ArrayLike, NDArray
 
-from faml_gpu.data import Batch, Poses, Progress
+from faml_gpu.data import Batch, Groups, Poses, Progress
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import relion_to_matrix
 from faml_gpu.io.mrc import MrcHeader, read_header, read_volume
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
-from faml_gpu.weights import missing_wedge, read_layout, wedge_consistency, wedge_warning
+from faml_gpu.weights import (
+    amplitudes,
+    divisible,
+    missing_wedge,
+    read_layout,
+    shell_means,
+    wedge_consistency,
+    wedge_warning,
+)
 
 __all__ = ["ArrayParticles", "FileParticles", "open_particles", "star_poses"]
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -53,6 +62,7 @@ class FileParticles:
     poses : those the STAR file gives, or None where they are not to be used
     table : what `write_particles_star` writes results into
     paths : the N-voxel boxes, in the input's order
+    groups : by optics group and by tomogram, as far as the STAR file tells
     weight_ids, weight_index : names of the distinct weights, and which of them each particle has
     warnings : what the user should be told (wedge and data do not fit), usually empty
     """
@@ -66,9 +76,13 @@ class FileParticles:
         weight_ids: Sequence[str],
         weight_index: Int64,
         poses: Poses | None,
+        groups: Mapping[str, Groups],
+        means: Float64 | None,
     ) -> None:
         self._headers = headers
         self._weights = weights
+        self._means = means
+        self.groups = groups
         self.voxel_size = voxel_size
         self.table = table
         self.weight_ids = tuple(weight_ids)
@@ -98,11 +112,13 @@ class FileParticles:
         boxes = np.empty((len(indices), self.box, self.box, self.box), dtype=np.float32)
         for row, volume in enumerate(_in_threads(read_volume, [self._headers[i] for i in indices])):
             boxes[row] = volume
-        return _batch(boxes, self.weight_index[indices], self.weight_ids, self._weight)
+        return _batch(boxes, self.weight_index[indices], self.weight_ids, self._weight, self._means)
 
     def _read_weight(self, which: int) -> Float32:
         weight = self._weights[which]
-        return _load_weight(weight, self.box) if isinstance(weight, MrcHeader) else weight
+        if not isinstance(weight, MrcHeader):
+            return weight
+        return _load_weight(weight, self.box, premultiplied=self._means is not None)
 
 
 class ArrayParticles:
@@ -117,6 +133,8 @@ class ArrayParticles:
     weight_index : (n,) row of `weights` of each particle; needed where there are several
     poses : a start, or None
     names : of the particles, for STAR files
+    groups : kind ("optics", "tomogram") -> `Groups`
+    premultiplied : the transforms of the boxes are multiplied by `weights`, sums of CTF^2: 0 or more
 
     Raises
     ------
@@ -132,6 +150,8 @@ class ArrayParticles:
         weight_index: ArrayLike | None = None,
         poses: Poses | None = None,
         names: Sequence[str] | None = None,
+        groups: Mapping[str, Groups] | None = None,
+        premultiplied: bool = False,
     ) -> None:
         self._boxes = np.asarray(boxes, dtype=np.float32)
         shape = self._boxes.shape
@@ -147,7 +167,9 @@ class ArrayParticles:
         stack = stack[None] if stack.ndim == 3 else stack
         if stack.shape[1:] != half:
             raise InputError(f"weights: shape {stack.shape}, expected {half} or (W, *{half})")
-        self._weights = [read_layout(weight, self.box, f"weights[{i}]") for i, weight in enumerate(stack)]
+        read = [read_layout(w, self.box, f"weights[{i}]", premultiplied=premultiplied) for i, w in enumerate(stack)]
+        self._weights = [divisible(weight) for weight in read] if premultiplied else read
+        self._means = np.mean([shell_means(weight) for weight in self._weights], axis=0) if premultiplied else None
         if weight_index is None and len(stack) > 1:
             raise InputError(f"weight_index: missing, expected {n} rows of the {len(stack)} weights")
         index = np.zeros(n, np.int64) if weight_index is None else np.asarray(weight_index, dtype=np.int64)
@@ -155,10 +177,16 @@ class ArrayParticles:
             raise InputError(f"weight_index: expected {n} numbers from 0 to {len(stack) - 1}")
         if poses is not None and (poses.rotations.shape != (n, 3, 3) or poses.shifts.shape != (n, 3)):
             raise InputError(f"poses: expected {n} rotations (3, 3) and shifts (3,)")
+        for kind, g in (groups or {}).items():
+            if g.index.shape != (n,) or g.index.min() < 0 or g.index.max() >= len(g.names):
+                raise InputError(f"groups[{kind!r}]: expected {n} numbers from 0 to {len(g.names) - 1}")
+        if premultiplied and weights is None:
+            raise InputError("premultiplied: found boxes without weights, expected those they are multiplied by")
         if names is not None and len(names) != n:
             raise InputError(f"names: found {len(names)}, expected {n}")
         self.voxel_size = float(voxel_size)
         self.poses = poses
+        self.groups: Mapping[str, Groups] = dict(groups or {})
         self.weight_index = index
         self.weight_ids = tuple(_content_id(weight) for weight in self._weights)
         self.table = FreshTable(
@@ -172,7 +200,8 @@ class ArrayParticles:
 
     def read(self, indices: Int64) -> Batch:
         """See `faml_gpu.data.ParticleSource`."""
-        return _batch(self._boxes[indices], self.weight_index[indices], self.weight_ids, self._weights.__getitem__)
+        weight = self._weights.__getitem__
+        return _batch(self._boxes[indices], self.weight_index[indices], self.weight_ids, weight, self._means)
 
 
 def open_particles(
@@ -206,9 +235,11 @@ def open_particles(
     if voxel_size is not None and not (np.isfinite(voxel_size) and voxel_size > 0):
         raise InputError(f"--voxel-size: found {voxel_size}, expected more than 0 A")
     table: StarTable | None = None
+    premultiplied, groups = False, {}
     if path.is_file() and path.suffix.lower() == ".star":
         table = read_particles_star(path)
         _check_three_dimensional(table)
+        premultiplied, groups = _premultiplied(table), _groups(table)
         names = table.strings("rlnImageName")
         weight_names = table.strings("rlnCtfImage") if "rlnCtfImage" in table.columns else None
         if weight_names is None:
@@ -234,11 +265,12 @@ def open_particles(
     poses = star_poses(table, voxel) if table is not None and use_poses else None
 
     weights: list[MrcHeader | Float32]
+    means: Float64 | None = None
     if tilt_range is not None:
         wedge = missing_wedge(box, tilt_range, tilt_axis)
         weights, ids, index = [wedge], [_content_id(wedge)], np.zeros(len(paths), np.int64)
     else:
-        weights, ids, index = _distinct_weights(weight_paths, box, progress)
+        weights, ids, index, means = _distinct_weights(weight_paths, box, progress, premultiplied=premultiplied)
     result = FileParticles(
         headers,
         voxel,
@@ -247,6 +279,8 @@ def open_particles(
         ids,
         index,
         poses,
+        groups,
+        means,
     )
     _check_boxes(headers, progress)
     result.warnings = _wedge_warnings(result)
@@ -268,14 +302,19 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _batch(boxes: Float32, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32]) -> Batch:
+def _batch(
+    boxes: Float32, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32], means: Float64 | None
+) -> Batch:
+    """`means`, of premultiplied boxes: what is common to their weights, see `weights.amplitudes`."""
     distinct, inverse = np.unique(index, return_inverse=True)
     rows = [int(which) for which in distinct]
+    read = np.stack([weight(row) for row in rows])
     return Batch(
         boxes=boxes,
-        weights=np.stack([weight(row) for row in rows]),
+        weights=read if means is None else np.stack([amplitudes(w, means) for w in read]),
         weight_index=inverse.astype(np.int64),
         weight_ids=tuple(ids[row] for row in rows),
+        multiplied=None if means is None else read,
     )
 
 
@@ -283,25 +322,33 @@ def _content_id(weight: Float32) -> str:
     return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
 
 
-def _load_weight(header: MrcHeader, box: int) -> Float32:
-    return read_layout(read_volume(header), box, str(header.path))
+def _load_weight(header: MrcHeader, box: int, *, premultiplied: bool) -> Float32:
+    weight = read_layout(read_volume(header), box, str(header.path), premultiplied=premultiplied)
+    return divisible(weight) if premultiplied else weight
 
 
 def _distinct_weights(
-    paths: Sequence[Path], box: int, progress: Progress | None
-) -> tuple[list[MrcHeader | Float32], list[str], Int64]:
-    """One file for each distinct content, its name, and which of them each particle has."""
+    paths: Sequence[Path], box: int, progress: Progress | None, *, premultiplied: bool
+) -> tuple[list[MrcHeader | Float32], list[str], Int64, Float64 | None]:
+    """One file for each distinct content, its name, which of them each particle has, and means of premultiplied ones.
+
+    The means are those over the shells of all distinct weights.
+    """
     files = list(dict.fromkeys(paths))
     headers = list(_in_threads(read_header, files))
 
-    def content(header: MrcHeader) -> str:
-        return _content_id(_load_weight(header, box))
+    def content(header: MrcHeader) -> tuple[str, Float64 | None]:
+        weight = _load_weight(header, box, premultiplied=premultiplied)
+        return _content_id(weight), shell_means(weight) if premultiplied else None
 
-    ids = list(_in_threads(content, headers, progress, "checking weights"))
+    contents = list(_in_threads(content, headers, progress, "checking weights"))
+    ids = [name for name, _ in contents]
     distinct = {name: row for row, name in enumerate(dict.fromkeys(ids))}
     of_file = {file: distinct[name] for file, name in zip(files, ids, strict=True)}
     first: list[MrcHeader | Float32] = [headers[ids.index(name)] for name in distinct]
-    return first, list(distinct), np.array([of_file[path] for path in paths], dtype=np.int64)
+    curves = [curve for curve in dict(contents).values() if curve is not None]
+    means = np.mean(curves, axis=0) if premultiplied else None
+    return first, list(distinct), np.array([of_file[path] for path in paths], dtype=np.int64), means
 
 
 def _list_boxes(source: str | os.PathLike[str]) -> list[str]:
@@ -354,25 +401,51 @@ def _refuse(faults: Sequence[tuple[str, str]], total: int, what: str, expected: 
 
 
 def _check_three_dimensional(table: StarTable) -> None:
-    """Refuse 2-D stacks and pre-multiplied data, which the columns tell of before any file is opened."""
+    """Refuse 2-D stacks, which the columns tell of before any file is opened."""
     hint = "expected one 3-D subtomogram (.mrc) per particle; RELION 5: extract without 2-D stacks"
     if table.general.get("rlnTomoSubTomosAre2DStacks", "0") not in ("0", "0.0"):
         raise InputError(f"{table.path}: rlnTomoSubTomosAre2DStacks is 1 (2-D stacks), {hint}")
-    for column, wanted in (("rlnImageDimensionality", "3"), ("rlnCtfDataAreCtfPremultiplied", "0")):
-        for group, value in _optics_values(table, column).items():
-            if _as_number(value) == float(wanted):
-                continue
-            if column == "rlnImageDimensionality":
-                raise InputError(f"{table.path}: {column} is {value} in optics group {group}, {hint}")
-            raise InputError(
-                f"{table.path}: {column} is {value} in optics group {group}; subtomograms multiplied by their CTF are "
-                "not supported, expected boxes as reconstructed, with a weight in 0 .. 1"
-            )
+    for group, value in _optics_values(table, "rlnImageDimensionality").items():
+        if _as_number(value) != 3:
+            raise InputError(f"{table.path}: rlnImageDimensionality is {value} in optics group {group}, {hint}")
     for column in ("rlnImageName", "rlnCtfImage"):
         if column in table.columns:
             for row, name in enumerate(table.strings(column)):
                 if "@" in name or name.lower().endswith((".mrcs", ".st")):
                     raise InputError(f"{table.row_name(row)}: {column} {name} is a 2-D image or stack, {hint}")
+
+
+def _premultiplied(table: StarTable) -> bool:
+    """Whether the boxes are multiplied by their CTF (RELION 4 and later: CTF times CTF, summed over the tilts)."""
+    column = "rlnCtfDataAreCtfPremultiplied"
+    values = _optics_values(table, column)
+    for group, value in values.items():
+        if _as_number(value) not in (0, 1):
+            raise InputError(f"{table.path}: {column} is {value} in optics group {group}, expected 0 or 1")
+    if len({_as_number(value) for value in values.values()}) > 1:
+        listed = ", ".join(f"{value} in {group}" for group, value in values.items())
+        raise InputError(f"{table.path}: {column} differs between optics groups ({listed}), expected the same in all")
+    premultiplied = any(_as_number(value) == 1 for value in values.values())
+    if premultiplied and "rlnCtfImage" not in table.columns:
+        raise InputError(
+            f"{table.path}: {column} is 1, but there is no rlnCtfImage, expected the sum of CTF^2 that each box is "
+            "multiplied by"
+        )
+    return premultiplied
+
+
+def _groups(table: StarTable) -> dict[str, Groups]:
+    """By optics group and by tomogram, as far as there are columns; named as there."""
+    found = {}
+    for kind, column in (
+        ("optics", "rlnOpticsGroup"),
+        ("tomogram", "rlnTomoName"),
+        ("tomogram", "rlnMicrographName"),
+    ):
+        if column in table.columns and kind not in found:
+            names, index = np.unique(np.array(table.strings(column)), return_inverse=True)
+            found[kind] = Groups(tuple(str(name) for name in names), index.astype(np.int64))
+    return found
 
 
 def _as_number(text: str) -> float:

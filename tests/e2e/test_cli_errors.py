@@ -55,6 +55,7 @@ OPTIONS = [
     ([*AVERAGE, *WEDGE, "--device", "tpu"], ["device", "tpu", "auto"]),
     ([*AVERAGE, *WEDGE, "--preset", "fast"], ["preset", "fast", "paper"]),
     ([*AVERAGE, *WEDGE, "--method", "sva"], ["method", "sva", "faml"]),
+    ([*AVERAGE, *WEDGE, "--noise-groups", "tomogram"], ["noise-groups", "tomogram", "rlnTomoName"]),
     ([*AVERAGE, *WEDGE, "--iterations", "0"], ["iterations", "0", "at least 1"]),
     ([*AVERAGE, *WEDGE, "--threads", "0"], ["threads", "0", "at least 1"]),
     ([*AVERAGE, *WEDGE, "--mask-radius", "1000"], ["mask-radius", "1000"]),

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from faml_gpu import array_backend, faml, plan
-from faml_gpu.data import Result
+from faml_gpu import array_backend, faml, fourier, noise, plan
+from faml_gpu.data import Groups, Result
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.io.particles import ArrayParticles
@@ -73,6 +73,22 @@ def test_a_start_from_a_map_on_a_gpu(particles: ArrayParticles, device: Any) -> 
         return faml.run(particles, replace(chosen, device=device), reference=reference, initial_lowpass=80.0)
 
     assert_same(from_map("cuda"), from_map("cpu"))
+
+
+def test_groups_and_premultiplied_boxes_on_a_gpu(
+    particles: ArrayParticles, device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "FEWEST", 3)
+    read = particles.read(np.arange(len(particles)))
+    product = 3 * read.weights[0] * (1 + np.cos(0.5 * fourier.shells_of_half(BOX))).astype(np.float32)
+    boxes = fourier.inverse_transform(fourier.transform(read.boxes) * product, BOX)
+    groups = {"optics": Groups(("a", "b"), np.arange(len(particles)) % 2)}
+    multiplied = ArrayParticles(boxes, VOXEL, product, groups=groups, premultiplied=True)
+    found, expected = (run(multiplied, device, scale_correction=True) for device in ("cuda", "cpu"))
+    assert_same(found, expected)
+    assert expected.state.group_sigma2.shape == (3, BOX // 2)
+    np.testing.assert_allclose(found.state.group_sigma2, expected.state.group_sigma2, rtol=1e-4)
+    np.testing.assert_allclose(found.state.scale, expected.state.scale, rtol=1e-3)
 
 
 def test_too_little_memory_halves_the_batch(

@@ -168,6 +168,18 @@ def test_resume_goes_on_from_the_newest(tmp_path: Path) -> None:
     same(found, checkpoint(3))
 
 
+def test_options_that_came_later_had_their_defaults(tmp_path: Path) -> None:
+    run_until(tmp_path, 1)
+    with RunFolder(tmp_path, resume=True) as folder:
+        assert folder.begin(facts(options={"scale_correction": False, "noise_groups": None})) is not None
+    run_until(tmp_path / "other", 1)
+    with (
+        RunFolder(tmp_path / "other", resume=True) as folder,
+        pytest.raises(InputError, match="option scale_correction: found True, expected False as in the run resumed"),
+    ):
+        folder.begin(facts(options={"scale_correction": True}))
+
+
 def test_resume_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
     run_until(tmp_path / "out", 0)
     with RunFolder(tmp_path / "out", resume=True) as folder, pytest.warns(UserWarning, match="no checkpoint yet"):

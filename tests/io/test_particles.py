@@ -13,9 +13,10 @@ from scipy.spatial.transform import Rotation
 
 from faml_gpu.data import ParticleSource, Poses
 from faml_gpu.errors import InputError
+from faml_gpu.fourier import shells_of_half
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import read_particles_star, write_particles_star
-from faml_gpu.weights import centred_from_half, missing_wedge
+from faml_gpu.weights import FLOOR, centred_from_half, missing_wedge
 
 RIBOSOMES = Path(__file__).resolve().parents[3] / "shared" / "data" / "insitu70S"
 BOX = 12
@@ -97,6 +98,50 @@ def test_star_particles(project, boxes):
     last = source.read(np.array([3, 4]))
     assert last.weight_index.tolist() == [0, 0]
     np.testing.assert_array_equal(last.weights, OTHER[None])
+
+
+def test_premultiplied_boxes_come_with_what_they_were_multiplied_by(project, boxes):
+    """CTF^2 with multiplicities: kept as it is, boxes as read; where it is too small to divide by, 0."""
+    rng = np.random.default_rng(3)
+    products = [(5 * rng.random(WEDGE.shape) * w + 1e-5 * (1 - w)).astype(np.float32) for w in (WEDGE, OTHER)]
+    for i in range(1, N + 1):
+        save(project / f"ctf/{i:04d}.mrc", products[i > 3])
+    (project / "in.star").write_text(star(optics="1 a 4.0 12 3 1"))
+    particles = open_particles(project / "in.star")
+    batch = particles.read(np.array([0, 4]))
+    np.testing.assert_array_equal(batch.boxes, boxes[[0, 4]])
+    for multiplied, weight, product in zip(batch.multiplied, batch.weights, products, strict=True):
+        seen = product > FLOOR * product.max()
+        assert 0.3 < seen.mean() < 0.8
+        np.testing.assert_array_equal(multiplied, np.where(seen, product, 0))
+        np.testing.assert_array_equal(weight > 0, seen)
+    # Both are over one number a shell.
+    shell = shells_of_half(BOX)
+    for s in range(1, BOX // 2):
+        here = (batch.multiplied > 0) & (shell == s)
+        ratio = batch.weights[here] ** 2 / batch.multiplied[here]
+        np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    held = ArrayParticles(boxes, VOXEL, np.stack(products), [0, 0, 0, 1, 1], premultiplied=True).read(np.array([0, 4]))
+    np.testing.assert_allclose(held.weights, batch.weights)
+    np.testing.assert_array_equal(held.multiplied, batch.multiplied)
+    with pytest.raises(InputError, match="premultiplied: found boxes without weights"):
+        ArrayParticles(boxes, VOXEL, premultiplied=True)
+
+
+def test_groups_of_the_star_file(project):
+    assert open_particles(project / "in.star").groups["optics"].names == ("1",)
+    rows = [f"sub/{i:04d}.mrc ctf/{i:04d}.mrc {g}" for i, g in zip(range(1, N + 1), (2, 7, 2, 2, 7), strict=True)]
+    optics = "2 a 4.0 12 3 0\n7 b 4.0 12 3 0"
+    columns = {"rlnMicrographName": ["m"] * N, "rlnTomoName": ["late", "early", "late", "late", "mid"]}
+    (project / "in.star").write_text(star(rows, columns, optics))
+    groups = open_particles(project / "in.star").groups
+    assert groups["optics"].names == ("2", "7")
+    assert groups["optics"].index.tolist() == [0, 1, 0, 0, 1]
+    assert [groups["tomogram"].names[i] for i in groups["tomogram"].index] == columns["rlnTomoName"]
+    (project / "in.star").write_text(star(columns={"rlnMicrographName": list("xyyxx")}))
+    tomograms = open_particles(project / "in.star").groups["tomogram"]
+    assert [tomograms.names[i] for i in tomograms.index] == list("xyyxx")
+    assert open_particles(project / "sub", tilt_range=(-50, 70)).groups == {}
 
 
 def test_odd_boxes(tmp_path):
@@ -228,6 +273,16 @@ def text(**arguments):
     return lambda project: (project / "in.star").write_text(star(**arguments))
 
 
+def premultiplied(weight):
+    """The project's boxes said to be multiplied by their CTF, one of the weights replaced."""
+
+    def spoil(project):
+        save(project / "ctf/0002.mrc", np.asarray(weight, np.float32))
+        (project / "in.star").write_text(star(optics="1 a 4.0 12 3 1"))
+
+    return spoil
+
+
 def nan_box(value):
     box = np.random.default_rng(1).standard_normal((BOX, BOX, BOX))
     box[3, 4, 5] = value
@@ -290,7 +345,36 @@ BAD_STAR = {
         {},
         "rlnTomoSubTomosAre2DStacks is 1",
     ),
-    "premultiplied": (text(optics="1 a 4.0 12 3 1"), {}, "rlnCtfDataAreCtfPremultiplied is 1 .*not supported"),
+    "premultiplied, no weights": (
+        text(optics="1 a 4.0 12 3 1", weights=False),
+        {},
+        "rlnCtfDataAreCtfPremultiplied is 1, but there is no rlnCtfImage",
+    ),
+    "premultiplied, a wedge": (
+        text(optics="1 a 4.0 12 3 1", weights=False),
+        {"tilt_range": (-60, 60)},
+        "rlnCtfDataAreCtfPremultiplied is 1, but there is no rlnCtfImage",
+    ),
+    "premultiplied in part": (
+        text(rows=TWO_GROUPS, optics="1 a 4.0 12 3 0\n2 b 4.0 12 3 1"),
+        {},
+        r"rlnCtfDataAreCtfPremultiplied differs between optics groups \(1 in 2, 0 in 1\)",
+    ),
+    "premultiplied nonsense": (
+        text(optics="1 a 4.0 12 3 maybe"),
+        {},
+        "rlnCtfDataAreCtfPremultiplied is maybe in optics group 1, expected 0 or 1",
+    ),
+    "premultiplied by a signed CTF": (
+        premultiplied(np.linspace(-1, 1, BOX**3).reshape((BOX,) * 3)),
+        {},
+        r"0002\.mrc: Fourier weight from -1 to 1, expected 0 or more",
+    ),
+    "weight above 1": (
+        mrc("ctf/0002.mrc", np.full((BOX,) * 3, 3.0)),
+        {},
+        r"0002\.mrc: Fourier weight from 3 to 3, expected values in 0 \.\. 1 .*rlnCtfDataAreCtfPremultiplied 1",
+    ),
     "weight shape": (
         mrc("ctf/0004.mrc", np.ones((2 * BOX, BOX, BOX // 2 + 1))),
         {},

@@ -67,7 +67,7 @@ class Loop:
             self.observation, references, self.candidates, self.log_volumes, self.alpha, self.sigma2, self.zeta
         )
         n = len(self.spectra)
-        residual, observed = maximization.noise_sums(
+        (residual,), (observed,) = maximization.noise_sums(
             posterior, self.observation.weights, self.weight_index, self.support
         )
         likelihood = posterior.log_likelihood.sum() + log_normaliser(observed, self.sigma2, self.zeta, n)

@@ -226,7 +226,7 @@ def test_noise_sums_are_eq_12s(fractional, rng, oracles):
     posterior.residual[:] = rng.random(posterior.residual.shape)
     support = fourier.make_support(12, toy.r_max)
     half = support.gather(np.stack([oracles.half_of_cube(w) for w in toy.weights]))
-    residual, observed = noise_sums(posterior, half, toy.weight_index, support)
+    (residual,), (observed,) = noise_sums(posterior, half, toy.weight_index, support)
     np.testing.assert_allclose(
         residual, sum(p * r for p, r in zip(posterior.probability, posterior.residual, strict=True))
     )

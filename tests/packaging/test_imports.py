@@ -23,7 +23,7 @@ RANKS = [
     {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry"},
     {"metrics"},
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io", "report"},
-    {"posteriors", "uncertainty"},
+    {"posteriors", "uncertainty", "noise"},
     {"plan"},
     {"symmetry_axes"},
     {"starting", "history"},
