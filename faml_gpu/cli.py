@@ -168,6 +168,15 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    band: Annotated[
+        Literal["evidence", "growing", "full"] | None,
+        typer.Option(
+            help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: besides, only "
+            "as far as two halves of the particles agree. full: all from the start.",
+            show_default="growing, paper full",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     max_shift: Annotated[
         float | None,
         typer.Option(

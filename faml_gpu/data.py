@@ -115,6 +115,7 @@ class State:
     zeta : standard deviation of the shifts, voxels
     unseen : (N, N, N//2 + 1) float32 or None, the power the averages are expected to have at a Fourier voxel beside
         what the particles have told, see `maximization.wiener_average`
+    r_max : Fourier shells of the next iteration, where the data decide it, see `resolution`
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
         where all share one curve
     noise_groups : (G,) str or None, names of these groups
@@ -130,6 +131,7 @@ class State:
     relative_noise: Float64 | None = None
     noise_groups: NDArray[np.str_] | None = None
     scale: Float64 | None = None
+    r_max: int | None = None
 
     @property
     def group_sigma2(self) -> Float64:
@@ -205,6 +207,7 @@ class IterationRecord:
     coverage: list[float]  # share of each class's Fourier voxels observed at least once
     converged: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    agreement: list[float] | None = None  # of two halves of the particles, per Fourier shell, see `resolution`
     starts: list[float] | None = None  # log-likelihood of each random start after this iteration; the highest goes on
 
 

@@ -173,21 +173,24 @@ def iterate(
         if plan.options.scale_correction:
             posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
         with clock("rotate back"):
-            return posterior, band.accumulate(posterior, observation, batch, spectra)
+            return posterior, band.accumulate(posterior, observation, batch, spectra, first)
 
     posteriors: list[BatchPosterior] = []
-    total = maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device, len(groups))
+    total = maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device, len(groups), band.parts)
     for posterior, sums in plan.over_batches(particles, e_step, clock, progress, f"iteration {state.iteration + 1}"):
         total.merge(sums)
         posteriors.append(posterior)
 
     with clock("maximization"):
         total, merged = band.symmetrise(total.on_host()), join(posteriors)
-        new = maximize(plan, band, state, total, old)
+        agreement, r_max = band.evidence(total)
+        total = total.together()
+        new = replace(maximize(plan, band, state, total, old), r_max=r_max)
         if plan.options.scale_correction:
             new.scale = new_scale(state.scale, np.concatenate([p.scale for p in posteriors if p.scale is not None]))
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
     row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
+    row = replace(row, agreement=None if agreement is None else [round(float(a), 4) for a in agreement])
     if plan.finds_axes(new.iteration):
         new, merged = onto_axes(plan, band, new, merged)
     return Checkpoint(new, merged, [*checkpoint.history, row])

@@ -39,7 +39,8 @@ def record(
     # The last change was not one of the band: this iteration and the one before both had all of it.
     settled = (
         bool(before.history)
-        and before.history[-1].r_max == band.r_max == plan.r_final
+        and before.history[-1].r_max == band.r_max
+        and plan.settled(new, band.r_max)
         and changed < CONVERGED_CHANGES
         and pose_change < 0.25 * 180 / bandwidth
         and min(correlation) >= CONVERGED_CORRELATION

@@ -37,7 +37,8 @@ SIGMA2_FLOOR = 1e-6  # of the mean over shells
 class Accumulators:
     """Additive sums an E-step over any part of the particles leaves; `merge` adds in a fixed order.
 
-    sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w;
+    sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w; (2 K, M) where the sums of two
+    halves of the particles are kept apart;
     mass (K,): sum of P; residual, observed (G, r_max + 1): see `noise_sums`, per noise curve and Fourier shell;
     shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
     `sums` and `weights` are on the device of the E-step, the rest is NumPy's.
@@ -54,11 +55,13 @@ class Accumulators:
     n: int
 
     @classmethod
-    def zero(cls, n_classes: int, n_voxels: int, r_max: int, device: str = "cpu", n_curves: int = 1) -> Accumulators:
+    def zero(
+        cls, n_classes: int, n_voxels: int, r_max: int, device: str = "cpu", n_curves: int = 1, parts: int = 1
+    ) -> Accumulators:
         """Sums over no particle."""
         return cls(
-            to_device(np.zeros((n_classes, n_voxels), np.complex128), device),
-            to_device(np.zeros((n_classes, n_voxels)), device),
+            to_device(np.zeros((parts * n_classes, n_voxels), np.complex128), device),
+            to_device(np.zeros((parts * n_classes, n_voxels)), device),
             np.zeros(n_classes),
             np.zeros((n_curves, r_max + 1)),
             np.zeros((n_curves, r_max + 1)),
@@ -79,6 +82,17 @@ class Accumulators:
         self.log_evidence += other.log_evidence
         self.candidates += other.candidates
         self.n += other.n
+
+    def by_part(self) -> NDArray[np.complex128]:
+        """`sums` (parts, K, M) of each part of the particles."""
+        return self.sums.reshape(-1, len(self.mass), self.sums.shape[1])  # type: ignore[no-any-return]
+
+    def together(self) -> Accumulators:
+        """The sums over all particles."""
+        if len(self.sums) == len(self.mass):
+            return self
+        shape = (-1, len(self.mass), self.sums.shape[1])
+        return replace(self, sums=self.sums.reshape(shape).sum(axis=0), weights=self.weights.reshape(shape).sum(axis=0))
 
     def on_host(self) -> Accumulators:
         """The same with NumPy arrays only, for the M-step."""

@@ -19,7 +19,7 @@ class Preset:
     magnitudes : "centred" takes |X| of the masked particle, less its mean per shell over the observed voxels;
         "plain" takes |X|
     noise : one variance per Fourier "shell", or a "single" one
-    band : r_max "growing" over the first 60 % of the iterations, or "full" from the start
+    band : default of the option
     measure : rotations of the Voronoi points from "haar" or uniform "euler" angles
     update, sampler : defaults of the options
     poses : of the magnitude sampler: candidates "refined" by the likelihood, last iteration's among them, or as found
@@ -31,7 +31,7 @@ class Preset:
 
     magnitudes: Literal["centred", "plain"]
     noise: Literal["shell", "single"]
-    band: Literal["growing", "full"]
+    band: Literal["evidence", "growing", "full"]
     measure: Literal["haar", "euler"]
     update: Literal["explore", "ratio", "wiener", "printed"]
     sampler: Literal["magnitude", "joint"]
@@ -71,6 +71,8 @@ class Options:
     threads : CPU threads; None: all cores this process may use
     mask_radius : of the soft spherical mask (default 0.8 of half the box)
     resolution : finest resolution used in alignment and likelihood (default: full band)
+    band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as that and only as two
+        halves of the particles agree ("evidence", see `resolution`); or "full" from the start (default: by preset)
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)
@@ -100,6 +102,7 @@ class Options:
     threads: int | None = None
     mask_radius: float | None = None
     resolution: float | None = None
+    band: Literal["evidence", "growing", "full"] | None = None
     bandwidth: int | None = None
     candidates: int = 50
     max_shift: float | None = None
@@ -136,6 +139,12 @@ class Options:
             (self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1"),
             (self.mask_radius is None or self.mask_radius > 0, "mask_radius", self.mask_radius, "more than 0 A"),
             (self.resolution is None or self.resolution > 0, "resolution", self.resolution, "more than 0 A"),
+            (
+                self.band in (None, "evidence", "growing", "full"),
+                "band",
+                self.band,
+                "'evidence', 'growing' or 'full'",
+            ),
             (self.bandwidth is None or 4 <= self.bandwidth <= 128, "bandwidth", self.bandwidth, "4 to 128"),
             (1 <= self.candidates <= 1000, "candidates", self.candidates, "1 to 1000"),
             (self.max_shift is None or self.max_shift >= 0, "max_shift", self.max_shift, "0 A or more"),
@@ -161,7 +170,7 @@ class Options:
     def choices(self) -> Preset:
         """What the preset says, and the options that overrule it."""
         preset = PRESETS[self.preset]
-        preset = replace(preset, noise_groups=self.noise_groups or preset.noise_groups)
+        preset = replace(preset, noise_groups=self.noise_groups or preset.noise_groups, band=self.band or preset.band)
         if self.method == "fa":
             return replace(preset, sampler="magnitude", update="ratio")
         return replace(preset, sampler=self.sampler or preset.sampler, update=self.update or preset.update)

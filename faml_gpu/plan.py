@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import fast_alignment, fourier, masks, maximization, symmetry
+from faml_gpu import fast_alignment, fourier, masks, maximization, resolution, symmetry
 from faml_gpu.array_backend import (
     Array,
     device_of,
@@ -112,7 +112,7 @@ class Plan:
         return np.random.default_rng([self.options.seed, iteration, *([self.trial] if self.trial else [])])
 
     def r_max(self, iteration: int) -> int:
-        """Radius of the active support: grows linearly over the first 60 % of the iterations, or full at once."""
+        """Largest radius of the active support: grows over the first 60 % of the iterations, or is full at once."""
         if self.options.choices.band == "full":
             return self.r_final
         grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, self._last_growing - 1)
@@ -147,7 +147,22 @@ class Plan:
     def band(self, state: State) -> Band:
         """What the next iteration needs of its band; its averages reach to the band of the one after."""
         iteration = state.iteration + 1
-        return Band(self, state, self.r_max(iteration), self.r_max(min(iteration + 1, self.options.iterations)))
+        r_max = self.r_max(iteration) if state.r_max is None else state.r_max
+        r_output = self.r_max(min(iteration + 1, self.options.iterations))
+        if self.by_evidence:
+            r_output = min(r_max + resolution.LOOK_AHEAD, fourier.full_band(self.box))
+        return Band(self, state, r_max, r_output)
+
+    @property
+    def by_evidence(self) -> bool:
+        """The data decide how far the band reaches."""
+        return self.options.choices.band == "evidence"
+
+    def settled(self, state: State, r_max: int) -> bool:
+        """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'."""
+        if not self.by_evidence:
+            return r_max == self.r_final
+        return state.r_max == r_max and (r_max == self.r_final or r_max < self.r_max(state.iteration + 1))
 
     def over_batches(
         self,
@@ -370,6 +385,24 @@ class Band:
         return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
 
     @property
+    def parts(self) -> int:
+        """Parts of the particles whose sums are kept apart."""
+        return 2 if self.plan.by_evidence else 1
+
+    def evidence(self, total: maximization.Accumulators) -> tuple[NDArray[np.float64] | None, int | None]:
+        """Agreement of the halves per shell, and how far the next iteration's band reaches by that."""
+        if not self.plan.by_evidence:
+            return None, None
+        shell = to_host(self.output.shell)
+        agreement = resolution.half_agreement(total.by_part(), shell)
+        # Multiplying by a mask leaves as many independent numbers as it has voxels.
+        square = self.plan.mask.astype(np.float64) ** 2
+        inside = square.sum() ** 2 / (square**2).sum() / square.size
+        numbers = 2 * inside * np.bincount(shell) * len(total.mass)
+        most = self.plan.r_max(self.state.iteration + 2)
+        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, self.plan.r_start, most)
+
+    @property
     def symmetry(self) -> str:
         """Point group of the averages."""
         return self.plan.symmetry(self.state.iteration + 1)
@@ -477,14 +510,17 @@ class Band:
         return replace(total, sums=sums, weights=weights)
 
     def accumulate(
-        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array
+        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array, first: int = 0
     ) -> maximization.Accumulators:
-        """What a batch adds to the sums of the M-step."""
+        """What a batch, of which `first` is the number of the first particle, adds to the sums of the M-step."""
         n_classes = posterior.class_probability.shape[1]
+        part = (first + posterior.particle) % self.parts
+        rows = replace(posterior, class_index=posterior.class_index + n_classes * part)
         # To multiply by the weight twice, as printed, makes sense of 0 and 1.
         plain = batch.multiplied is None and batch.noise_rows is None
         twice = self.plan.options.choices.update == "printed" and plain
-        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=twice)
+        n_rows = n_classes * self.parts
+        sums, weights = self.plan.rotate_back(rows, batch, spectra, self.output, n_rows, weigh_twice=twice)
         residual, observed = maximization.noise_sums(
             posterior,
             observation.weights,

@@ -20,7 +20,7 @@ RANKS = [
     {"errors"},
     {"options", "data", "array_backend", "device_info"},
     {"kernels"},
-    {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry"},
+    {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry", "resolution"},
     {"metrics"},
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io", "report"},
     {"posteriors", "uncertainty", "noise"},

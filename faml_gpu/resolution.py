@@ -1,0 +1,76 @@
+"""How far the band of the alignment may reach: as far as two halves of the particles show the same.
+
+Shells that take part in the alignment agree between halves of the particles even where there is nothing but noise: all
+particles were turned to fit the same references. Shells beyond them took no part. What agrees there is signal
+(Scheres & Chen 2012, Nat. Methods 9, 853, on why the halves must not share what they are compared by).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LOOK_AHEAD", "half_agreement", "next_r_max"]
+
+Float64 = NDArray[np.float64]
+
+LOOK_AHEAD = 4  # shells beyond the band whose agreement is known
+LEAK = 1  # shells beyond the band into which the mask spreads what the alignment fitted
+FARTHEST = 3  # shells the band grows by at most, in an iteration
+AGREED = 0.143  # Rosenthal & Henderson 2003, J. Mol. Biol. 333, 721
+SURE = 2.0  # standard errors the agreement must be above 0
+IN_BAND = 0.5  # asked for where no shell is left beyond the band: what takes part in the alignment agrees too well
+
+
+def half_agreement(sums: NDArray[np.complex128], shell: NDArray[np.int64]) -> Float64:
+    """Correlation per Fourier shell of two halves of the particles, all classes together, (S,).
+
+    Of the sums of P R^-1(w X), not divided by their weights: a voxel counts as it was observed. The weights of the
+    halves being nearly the same, it is the Fourier shell correlation of the halves' averages.
+
+    Parameters
+    ----------
+    sums : (2, K, M)
+    shell : (M,)
+    """
+    first, second = sums
+
+    def per_shell(values: Float64) -> Float64:
+        return np.asarray(np.bincount(shell, values.sum(axis=0)), np.float64)
+
+    power = per_shell(np.abs(first) ** 2) * per_shell(np.abs(second) ** 2)
+    cross = per_shell((first * second.conj()).real)
+    return np.asarray(cross / np.sqrt(np.maximum(power, np.finfo(np.float64).tiny)))
+
+
+def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, most: int) -> int:
+    """Shells of the next iteration's band.
+
+    It grows to the last of the shells beyond `LEAK` up to which all agree, `FARTHEST` at most; it shrinks by one where
+    not even its own last two shells do; else it stays.
+
+    Parameters
+    ----------
+    agreement : (S,), see `half_agreement`
+    numbers : (S,) independent numbers in each shell
+    r_max : of this iteration
+    least, most : where the band begins and may end
+    """
+    beyond = np.arange(r_max + 1 + LEAK, len(agreement))
+    if r_max >= most:
+        grown = r_max
+    elif len(beyond) == 0:
+        grown = r_max + int(_mean(agreement, numbers, [r_max - 1, r_max]) >= IN_BAND)
+    else:
+        grown = r_max
+        for j in beyond[:FARTHEST]:
+            if agreement[j] < max(AGREED, SURE / np.sqrt(numbers[j])):
+                break
+            grown = min(int(j), r_max + FARTHEST)
+    if grown == r_max and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
+        grown = r_max - 1
+    return int(np.clip(grown, least, max(least, most)))
+
+
+def _mean(agreement: Float64, numbers: Float64, shells: list[int]) -> float:
+    return float(np.average(agreement[shells], weights=numbers[shells]))
