@@ -1,5 +1,7 @@
 """The record of an iteration: how far poses moved."""
 
+import dataclasses
+
 import numpy as np
 
 from faml_gpu.data import BestPoses, Posterior
@@ -28,5 +30,8 @@ def test_pose_change_is_to_the_nearest_pose_before_in_the_same_class():
     now = BestPoses(np.array([0, 1, 0]), np.stack([about_z(d) for d in (239, 57, 10)]), np.zeros((3, 3)), np.ones(3))
     np.testing.assert_allclose(_pose_change(before, now, point_group("C1")), [1, 7, 180], atol=1e-6)
     # With C6 imposed (steps of 60 degrees about z) all of particle 0's poses are one, and 57 is 7 from 50.
-    now = BestPoses(np.array([0, 1, 1]), np.stack([about_z(d) for d in (61, 117, 8)]), np.zeros((3, 3)), np.ones(3))
+    tilted = euler_to_matrix(np.deg2rad([0, 50, 0]))  # the copies are those of the structure, before the pose
+    before = dataclasses.replace(before, rotations=tilted @ before.rotations)
+    turned = np.stack([tilted @ about_z(d) for d in (61, 117, 8)])
+    now = BestPoses(np.array([0, 1, 1]), turned, np.zeros((3, 3)), np.ones(3))
     np.testing.assert_allclose(_pose_change(before, now, point_group("C6")), [1, 7, 2], atol=1e-6)

@@ -29,7 +29,8 @@ RANKS = [
     {"starting", "history"},
     {"faml"},
     {"run_folder"},
-    {"pipeline", "evaluation", "halves"},
+    {"halves", "map_comparison"},
+    {"pipeline", "evaluation"},
     {"demo"},
     {"cli"},
 ]
