@@ -115,7 +115,7 @@ class State:
     zeta : standard deviation of the shifts, voxels
     unseen : (N, N, N//2 + 1) float32 or None, the power the averages are expected to have at a Fourier voxel beside
         what the particles have told, see `maximization.wiener_average`
-    r_max : Fourier shells of the next iteration, where the data decide it, see `resolution`
+    r_max : Fourier shells the data back, where they decide how far the band may reach, see `resolution`
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
         where all share one curve
     noise_groups : (G,) str or None, names of these groups

@@ -147,7 +147,9 @@ class Plan:
     def band(self, state: State) -> Band:
         """What the next iteration needs of its band; its averages reach to the band of the one after."""
         iteration = state.iteration + 1
-        r_max = self.r_max(iteration) if state.r_max is None else state.r_max
+        r_max = self.r_max(iteration)
+        if state.r_max is not None:
+            r_max = min(r_max, state.r_max)
         r_output = self.r_max(min(iteration + 1, self.options.iterations))
         if self.by_evidence:
             r_output = min(r_max + resolution.LOOK_AHEAD, fourier.full_band(self.box))
@@ -162,7 +164,7 @@ class Plan:
         """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'."""
         if not self.by_evidence:
             return r_max == self.r_final
-        return state.r_max == r_max and (r_max == self.r_final or r_max < self.r_max(state.iteration + 1))
+        return state.r_max == r_max
 
     def over_batches(
         self,
@@ -399,8 +401,9 @@ class Band:
         square = self.plan.mask.astype(np.float64) ** 2
         inside = square.sum() ** 2 / (square**2).sum() / square.size
         numbers = 2 * inside * np.bincount(shell) * len(total.mass)
-        most = self.plan.r_max(self.state.iteration + 2)
-        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, self.plan.r_start, most)
+        shown = self.r_max if self.state.r_max is None else self.state.r_max
+        least, most = self.plan.r_start, self.plan.r_final
+        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, shown, least, most)
 
     @property
     def symmetry(self) -> str:

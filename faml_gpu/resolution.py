@@ -43,17 +43,19 @@ def half_agreement(sums: NDArray[np.complex128], shell: NDArray[np.int64]) -> Fl
     return np.asarray(cross / np.sqrt(np.maximum(power, np.finfo(np.float64).tiny)))
 
 
-def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, most: int) -> int:
-    """Shells of the next iteration's band.
+def next_r_max(agreement: Float64, numbers: Float64, r_max: int, shown: int, least: int, most: int) -> int:
+    """Shells up to which a band is backed by what an iteration with a band of `r_max` shows.
 
     It grows to the last of the shells beyond `LEAK` up to which all agree, `FARTHEST` at most; it shrinks by one where
-    not even its own last two shells do; else it stays.
+    not even its own last two shells do; else it stays. What an earlier, smaller band has `shown` counts on: a shell
+    that once took part, or is next to one that did, cannot be asked again.
 
     Parameters
     ----------
     agreement : (S,), see `half_agreement`
     numbers : (S,) independent numbers in each shell
     r_max : of this iteration
+    shown : by the iterations before, r_max or more
     least, most : where the band begins and may end
     """
     beyond = np.arange(r_max + 1 + LEAK, len(agreement))
@@ -67,9 +69,9 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
             if agreement[j] < max(AGREED, SURE / np.sqrt(numbers[j])):
                 break
             grown = min(int(j), r_max + FARTHEST)
-    if grown == r_max and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
-        grown = r_max - 1
-    return int(np.clip(grown, least, max(least, most)))
+    if grown == r_max == shown and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
+        return max(least, r_max - 1)
+    return int(np.clip(max(grown, shown), least, max(least, most)))
 
 
 def _mean(agreement: Float64, numbers: Float64, shells: list[int]) -> float:

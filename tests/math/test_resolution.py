@@ -50,15 +50,18 @@ def curve(*values: float) -> np.ndarray:
     ],
 )
 def test_where_the_band_goes(agreement, r_max, expected):
-    assert next_r_max(agreement, PLENTY[: len(agreement)], r_max, 3, 15) == expected
-    assert next_r_max(agreement, PLENTY[: len(agreement)], r_max, 3, r_max) == min(expected, r_max)
-    assert next_r_max(agreement, PLENTY[: len(agreement)], r_max, r_max, 15) == max(expected, r_max)
+    arguments = agreement, PLENTY[: len(agreement)], r_max
+    assert next_r_max(*arguments, r_max, 3, 15) == expected
+    assert next_r_max(*arguments, r_max, 3, r_max) == min(expected, r_max)
+    assert next_r_max(*arguments, r_max, r_max, 15) == max(expected, r_max)
+    # Two shells further were shown before: they count, until more is.
+    assert next_r_max(*arguments, r_max + 2, 3, 15) == max(expected, r_max + 2)
 
 
 def test_what_could_be_chance_is_no_evidence():
     agreement = curve(0.9, 0.3, 0.3, 0.3)
-    assert next_r_max(agreement, np.full(10, 1000.0), 5, 3, 15) == 8
-    assert next_r_max(agreement, np.full(10, 30.0), 5, 3, 15) == 5  # 2 / sqrt(30) is .37
+    assert next_r_max(agreement, np.full(10, 1000.0), 5, 5, 3, 15) == 8
+    assert next_r_max(agreement, np.full(10, 30.0), 5, 5, 3, 15) == 5  # 2 / sqrt(30) is .37
 
 
 def averaged(snr: float, reference: bool = False, **options) -> tuple[Result, Plan]:
