@@ -204,15 +204,6 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
-    halves: Annotated[
-        bool,
-        typer.Option(
-            "--halves",
-            help="Afterwards average two halves of each class's particles independently, from its average at low "
-            "resolution: half maps, their FSC, and the final map filtered by it.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = False
     candidates: Annotated[
         int, typer.Option(help="Most poses tried per particle and class.", rich_help_panel=METHOD_PANEL)
     ] = 50
@@ -661,7 +652,7 @@ def fsc(
     Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
     """
     with _ending(Resume(None)):
-        from faml_gpu.map_comparison import compare_files, write_comparison
+        from faml_gpu.halves import compare_files, write_comparison
 
         comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
         typer.echo("\n".join(comparison.lines()))
@@ -711,23 +702,13 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
         device, reason = choose_device(options["device"])
         typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
         with Display(options["iterations"]) as display:
-            result = classify(
-                particles,
-                n_classes,
-                progress=display.step,
-                on_iteration=display.iteration,
-                on_half_iteration=display.half_iteration,
-                **options,
-            )
+            result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
         if result.converged_at is not None:
             typer.echo(f"converged at iteration {result.converged_at}")
         names = [f"run_class{k:03d}.mrc" for k in range(1, len(result.maps) + 1)]
         typer.echo(
             f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}"
         )
-        for k, half_set in enumerate(result.halves, start=1):
-            if half_set is not None:
-                typer.echo(f"class {k}: {half_set.summary()}")
 
 
 class Display:
@@ -775,18 +756,12 @@ class Display:
 
     def iteration(self, record: IterationRecord) -> None:
         """After an iteration."""
-        self._line(record)
+        now = time.monotonic()
+        line = _iteration_line(record, self._iterations, now - self._started)
+        self._started = now
+        self.say(line)
         if self._bars is not None:
             self._bars.update(self._whole, completed=record.iteration)
-
-    def half_iteration(self, class_number: int, half: int, record: IterationRecord) -> None:
-        """After an iteration of one half of the particles of a class."""
-        self._line(record, f"class {class_number} half {half}  ")
-
-    def _line(self, record: IterationRecord, label: str = "") -> None:
-        now = time.monotonic()
-        self.say(label + _iteration_line(record, self._iterations, now - self._started))
-        self._started = now
 
     def say(self, line: str) -> None:
         """A line of text, above the bars if there are any."""

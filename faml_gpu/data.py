@@ -228,7 +228,6 @@ class Result:
     `best`: class and pose per particle; `history`: one record per iteration;
     `converged_at`: the iteration at which the stopping rule first held, or None;
     `options`: every option as resolved (JSON-ready); `state`, `posterior`: for going on from Python.
-    `halves`: of each class a `halves.HalfMaps`, or None where it has too few particles; empty where not asked for.
     """
 
     maps: Float32
@@ -239,7 +238,6 @@ class Result:
     converged_at: int | None
     options: dict[str, Any]
     voxel_size: float
-    halves: tuple[Any, ...] = ()
 
 
 Progress = Callable[[str, int, int], None]  # (step name, done, total)

@@ -1,17 +1,14 @@
 """Two halves of the particles averaged apart: how far they agree is what the data say by themselves.
 
-`run_halves` for one structure, from one common, low-passed start; `halves_of_classes` for each class of a finished run.
+`run_halves` for one structure, from one common, low-passed start; `compare_files` for any two half maps.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,22 +28,24 @@ from faml_gpu.fsc import (
     sharpen,
     shell_filter,
 )
-from faml_gpu.io.mrc import write_mrc
+from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.star import StarTable
+from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
-from faml_gpu.plan import Plan, resolve
-from faml_gpu.report.fsc import write_fsc
-from faml_gpu.run_folder import RunFolder, particle_columns, writing
+from faml_gpu.plan import SOFT_EDGE, Plan, resolve
+from faml_gpu.report.fsc import fsc_lines, write_fsc
+from faml_gpu.run_folder import writing
 from faml_gpu.starting import average_sums, start
-from faml_gpu.symmetry import order
 
 __all__ = [
+    "Comparison",
     "HalfMaps",
     "Subset",
-    "halves_of_classes",
+    "compare_files",
     "run_halves",
     "split_halves",
     "stated_halves",
+    "write_comparison",
     "write_halves",
 ]
 
@@ -58,6 +57,7 @@ PathLike = str | os.PathLike[str]
 GOLD_STANDARD = 0.143
 LEAK = 1  # shells beyond the start's band into which the particle's mask spreads it
 SURE = 3.0  # standard errors by which shells beyond the start must agree
+VOXEL_TOLERANCE = 0.01  # relative, between voxel sizes in headers
 
 
 @dataclass(frozen=True)
@@ -168,25 +168,6 @@ class HalfMaps:
     results: tuple[Result, Result]
     voxel_size: float
 
-    def facts(self) -> dict[str, Any]:
-        """For a JSON file; Angstrom."""
-        half = resolution_at(self.curves.corrected, 0.5, self.voxel_size, len(self.average))
-        return {
-            "resolution": self.resolution if np.isfinite(self.resolution) else None,
-            "resolution_0.5": half if self.beyond_start and np.isfinite(half) else None,
-            "start_resolution": self.start_resolution,
-            "beyond_start": self.beyond_start,
-            "particles": [int((self.half == number).sum()) for number in (1, 2)],
-        }
-
-    def summary(self) -> str:
-        """For printing."""
-        facts, n = self.facts(), " and ".join(map(str, self.facts()["particles"]))
-        if not self.beyond_start:
-            return f"half sets of {n} particles agree on nothing beyond their start at {self.start_resolution:.1f} Å"
-        also = "" if facts["resolution_0.5"] is None else f", {facts['resolution_0.5']:.1f} Å at 0.5"
-        return f"{self.resolution:.1f} Å at FSC 0.143{also} (half sets of {n} particles)"
-
 
 def run_halves(
     particles: ParticleSource,
@@ -271,8 +252,8 @@ def run_halves(
     moved = _in_frame(runs[1].posterior, rotation, shift)
     with cpu_threads(options.threads), use_device(device):
         sums = [
-            average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress, one.state)
-            for number, posterior, one in ((1, runs[0].posterior, runs[0]), (2, moved, runs[1]))
+            average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress)
+            for number, posterior in ((1, runs[0].posterior), (2, moved))
         ]
     support = fourier.make_support(box, fourier.full_band(box))
     maps = np.concatenate([plan.to_maps(maximization.direct_average(*s), support) for s in sums])
@@ -280,7 +261,7 @@ def run_halves(
     seen = [support.scatter(weights / mass[:, None])[0] for _, weights, mass in sums]
     window = plan.mask if mask is None else mask
     curves = fsc_with_mask(maps[0], maps[1], window, observed=observed_voxels(seen[0], seen[1]), seed=options.seed)
-    beyond = _beyond(curves, int(box * voxel / initial_lowpass), window, order(options.symmetry))
+    beyond = _beyond(curves, int(box * voxel / initial_lowpass), window)
     resolution = resolution_at(curves.corrected, GOLD_STANDARD, voxel, box) if beyond else initial_lowpass
     return HalfMaps(
         half=half,
@@ -296,83 +277,6 @@ def run_halves(
         results=(runs[0], runs[1]),
         voxel_size=voxel,
     )
-
-
-def halves_of_classes(
-    result: Result,
-    particles: ParticleSource,
-    options: Options,
-    *,
-    folder: RunFolder | None = None,
-    on_iteration: Callable[[int, int, Checkpoint], None] | None = None,
-    progress: Progress | None = None,
-) -> tuple[HalfMaps | None, ...]:
-    """`run_halves` for each class of a finished run, from its average at the resolution at which runs begin.
-
-    The particles of a class are those most probably in it. Beyond the start's low-pass nothing of the run is left.
-
-    Parameters
-    ----------
-    result : of the run
-    particles, options : of the run
-    folder : of the run, where the half sets are written as they go on; classes are told apart in the names of the
-        final maps where there are several
-    on_iteration : gets class and half, from 1, and the half's checkpoint after each iteration
-    progress : progress(step, done, total)
-
-    Returns
-    -------
-    HalfMaps of each class; None, with a warning, for one of which a half would be empty.
-
-    Raises
-    ------
-    OutputError
-        Nothing written earlier is lost.
-    """
-    if folder is not None:
-        start = hashlib.sha256(result.maps.tobytes() + result.best.classes.tobytes()).hexdigest()
-        folder.begin_halves(start)
-    found: list[HalfMaps | None] = []
-    for k, average in enumerate(result.maps):
-        number, members = k + 1, Subset(particles, np.flatnonzero(result.best.classes == k))
-        stated = stated_halves(members)
-        if len(members) < 2 or (stated is not None and len(set(stated)) < 2):
-            warnings.warn(f"class {number} has no two halves of its {len(members)} particles: left out", stacklevel=2)
-            found.append(None)
-            continue
-
-        def after(half: int, checkpoint: Checkpoint, number: int = number) -> None:
-            if folder is not None:
-                folder.write_half_iteration(number, half, checkpoint)
-            if on_iteration is not None:
-                on_iteration(number, half, checkpoint)
-
-        begun = (None, None) if folder is None else folder.half_checkpoints(number)
-        half_maps = run_halves(
-            members, options, reference=average, checkpoints=begun, on_iteration=after, progress=progress
-        )
-        if folder is not None:
-            root = "postprocess" if len(result.maps) == 1 else f"postprocess_class{number:03d}"
-            write_halves(half_maps, folder.path, class_number=number, root=root)
-        found.append(half_maps)
-    if folder is not None:
-        columns = _columns(result, found)
-        folder.write_half_poses(columns, particles, [None if one is None else one.facts() for one in found])
-    return tuple(found)
-
-
-def _columns(result: Result, found: list[HalfMaps | None]) -> dict[str, NDArray[Any]]:
-    """Columns of run_data.star: poses with respect to the averages of the half sets, and rlnRandomSubset."""
-    best, subset = result.best, np.zeros(len(result.best.classes), np.int64)
-    rotations, shifts = best.rotations.copy(), best.shifts.copy()
-    for k, one in enumerate(found):
-        members = np.flatnonzero(best.classes == k)
-        if one is not None:
-            rotations[members], shifts[members], subset[members] = one.best.rotations, one.best.shifts, one.half
-    # A particle of a class without half sets is in the first: RELION knows no third.
-    moved = replace(best, rotations=rotations, shifts=shifts)
-    columns = particle_columns(result.posterior, result.voxel_size, moved)
-    return columns | {"rlnRandomSubset": np.where(subset == 0, 1, subset)}
 
 
 def _halves(particles: ParticleSource, given: Int64 | None, seed: int) -> Int64:
@@ -414,11 +318,8 @@ def _joint_poses(half: Int64, first: BestPoses, second: BestPoses, rotation: Flo
     )
 
 
-def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
-    """Whether the halves agree from two shells beyond the start's last one up to the crossing of 0.143.
-
-    copies : of each independent number that symmetry makes
-    """
+def _beyond(curves: FscCurves, shell: int, mask: Float32) -> bool:
+    """Whether the halves agree from two shells beyond the start's last one up to the crossing of 0.143."""
     below = np.flatnonzero(curves.corrected[1:] < GOLD_STANDARD) + 1
     end = int(below[0]) if len(below) else len(curves.corrected)
     looked = slice(shell + LEAK + 1, end)
@@ -426,7 +327,7 @@ def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
     square = np.asarray(mask, np.float64) ** 2
     inside = square.sum() ** 2 / (square**2).sum() / mask.size
     radius = np.arange(len(curves.corrected)) + 0.5
-    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * inside * curves.observed / copies
+    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * inside * curves.observed
     total = numbers[looked].sum()
     return bool(total > 0 and (curves.corrected * numbers)[looked].sum() > SURE * np.sqrt(total))
 
@@ -481,6 +382,116 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
             result.voxel_size,
             {"rlnUnfilteredMapHalf1": halves[0], "rlnUnfilteredMapHalf2": halves[1]},
             root=root,
-            facts=result.facts(),
+            facts={
+                "resolution": result.resolution if np.isfinite(result.resolution) else None,
+                "start_resolution": result.start_resolution,
+                "beyond_start": result.beyond_start,
+                "particles": [int((result.half == number).sum()) for number in (1, 2)],
+            },
         )
     return [*(folder / name for name in maps), *curves]
+
+
+# --- any two maps -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """FSC of two files: the curves, the voxel size in Angstrom, and what `data_general` says of the input."""
+
+    curves: FscCurves
+    voxel_size: float
+    names: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """For printing."""
+        return fsc_lines(self.curves, self.voxel_size)
+
+
+def compare_files(
+    first: PathLike,
+    second: PathLike,
+    *,
+    mask: PathLike | None = None,
+    radius: float | None = None,
+    voxel_size: float | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Fourier shell correlation of two map files that lie on each other.
+
+    Parameters
+    ----------
+    first, second : MRC files
+    mask : MRC file, 0 .. 1
+    radius : Angstrom, of a soft sphere about the box centre, instead of a mask
+    voxel_size : Angstrom, where the files do not say it
+    seed : of the random phases that measure what the mask adds
+
+    Raises
+    ------
+    InputError
+        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask.
+    """
+    if mask is not None and radius is not None:
+        raise InputError("options mask and radius: found both, expected at most one")
+    one, voxel = _read(first, voxel_size)
+    two, other = _read(second, voxel_size)
+    _same(second, two, other, first, one, voxel)
+    window: NDArray[np.float32] | None = None
+    names = {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
+    if mask is not None:
+        window, size = _read(mask, voxel_size)
+        _same(mask, window, size, first, one, voxel)
+        if window.min() < 0 or window.max() > 1 or not window.any():
+            raise InputError(f"{mask}: found values {window.min():g} to {window.max():g}, expected a mask of 0 to 1")
+        names["rlnMaskName"] = os.fspath(mask)
+    elif radius is not None:
+        widest = len(one) / 2 - SOFT_EDGE
+        if not 0 < radius / voxel <= widest:
+            raise InputError(
+                f"option radius: found {radius:g} A, expected more than 0 and at most {widest * voxel:g} A"
+            )
+        window = soft_sphere(len(one), radius / voxel, SOFT_EDGE)
+    return Comparison(fsc_with_mask(one, two, window, seed=seed), voxel, names)
+
+
+def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
+    """Write postprocess.star, postprocess_fsc.json and postprocess_fsc.png; the folder is made.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be made, or a file cannot be written.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
+    return written
+
+
+def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
+    """A cubic map and its voxel size."""
+    volume, voxel = read_mrc(path)
+    if len(set(volume.shape)) != 1:
+        size = " x ".join(map(str, volume.shape[::-1]))
+        raise InputError(f"{path}: {size} voxels, expected a cube")
+    if not np.isfinite(volume).all():
+        raise InputError(f"{path}: found NaN or Inf, expected numbers")
+    if stated is not None and not (np.isfinite(stated) and stated > 0):
+        raise InputError(f"option voxel-size: found {stated:g} A, expected more than 0")
+    if voxel is None:
+        voxel = stated
+    if voxel is None:
+        raise InputError(f"{path}: no voxel size in its header; give --voxel-size")
+    if stated is not None and not abs(voxel / stated - 1) <= VOXEL_TOLERANCE:
+        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {stated:g} A as --voxel-size says")
+    return volume, voxel
+
+
+def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, expected: Float32, size: float) -> None:
+    """Refuse maps on different grids."""
+    if volume.shape != expected.shape:
+        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {len(expected)} as in {other}")
+    if not abs(voxel / size - 1) <= VOXEL_TOLERANCE:
+        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {size:g} A as in {other}")

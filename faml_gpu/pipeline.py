@@ -20,7 +20,6 @@ from faml_gpu import faml
 from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.errors import InputError
-from faml_gpu.halves import halves_of_classes, stated_halves
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.noise import noise_groups
@@ -72,10 +71,8 @@ def classify(
     initial_lowpass: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    halves: bool = False,
     progress: Progress | None = None,
     on_iteration: Callable[[IterationRecord], None] | None = None,
-    on_half_iteration: Callable[[int, int, IterationRecord], None] | None = None,
     **options: Any,
 ) -> Result:
     """Sort subtomograms into classes and average each class.
@@ -93,10 +90,8 @@ def classify(
     initial_lowpass : low-pass of the start, Angstrom (needs `reference` or `use_poses`)
     resume : go on with the run in `output`: same input and options, `iterations` may be more
     overwrite : replace the run in `output`
-    halves : afterwards average two halves of each class apart (`halves.halves_of_classes`): half maps and FSC
     progress : called with (step name, done, total) within an iteration
     on_iteration : called with the record of each completed iteration, after its files are written
-    on_half_iteration : called with class and half, from 1, and the record of each iteration of the half sets
     options : fields of `Options` other than n_classes: iterations, seed, resolution, method, preset ...
 
     Returns
@@ -134,8 +129,6 @@ def classify(
     if n_classes > len(source):
         raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
     noise_groups(source, chosen)  # those asked for are there
-    if halves:
-        stated_halves(source)  # refuses bad values now
     start_map = None if reference is None else _read_reference(reference, source)
     lowpass = start_lowpass(initial_lowpass, source.voxel_size, known=start_map is not None or use_poses)
     resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
@@ -184,16 +177,6 @@ def classify(
         remarks = _doubts(result)
         if folder is not None:
             folder.write_final(result, source, remarks)
-        if halves:
-            tell = on_half_iteration
-            result.halves = halves_of_classes(
-                result,
-                source,
-                chosen,
-                folder=folder,
-                on_iteration=None if tell is None else lambda k, half, done: tell(k, half, done.history[-1]),
-                progress=progress,
-            )
     for text in remarks:
         warnings.warn(text, stacklevel=2)
     return result

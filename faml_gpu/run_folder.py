@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import BestPoses, Checkpoint, IterationRecord, ParticleSource, Posterior, Result, State, best_poses
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Posterior, Result, State, best_poses
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
@@ -44,11 +44,10 @@ LOCK = ".run.lock"
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json|_halves\.json"
-    r"|_half[12]_class\d{3,}(_unfil\.mrc|_it\d{3,}_checkpoint\.(npz|json)))"
-    r"|postprocess(_class\d{3,})?(\.mrc|\.star|_fsc\.json|_fsc\.png)"
+    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json)"
 )
 _LEFTOVER = re.compile(r"\.run\w*\.\d+-[0-9a-f]+\.tmp\.\w+")  # of `atomic_path` in a process that was killed
+_CHECKPOINT = re.compile(r"run_it(\d{3,})_checkpoint\.json")
 
 # Options that a resumed run may change: `iterations` only upwards, the others with a note.
 _FREE = ("device", "threads")
@@ -160,65 +159,9 @@ class RunFolder:
             _write_model(self.path / f"{stem}_model.star", stem, checkpoint, source)
         write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
         self._write_run_json("running", checkpoint.history)
-        self._keep_newest("run", CHECKPOINTS_KEPT)
-
-    def begin_halves(self, start: str) -> None:
-        """Half sets are run from here on; `start` names what they begin from.
-
-        Raises
-        ------
-        OutputError
-        """
-        path = self.path / "run_halves.json"
-        try:
-            same = json.loads(path.read_text(encoding="utf-8"))["start"] == start
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
-        if not (self._resume and same):
-            for stem in self._half_stems():
-                self._keep_newest(stem, 0)
-        _replace(path, json.dumps({"format": FORMAT, "start": start}).encode() + b"\n")
-
-    def half_checkpoints(self, class_number: int) -> tuple[Checkpoint | None, Checkpoint | None]:
-        """The last whole checkpoints of the half sets of a class, where there are any to go on from."""
-        stems = [f"run_half{half}_class{class_number:03d}" for half in (1, 2)]
-        one, two = (self._newest_checkpoint(stem) if self._checkpoints(stem) else None for stem in stems)
-        return one, two
-
-    def write_half_iteration(self, class_number: int, half: int, checkpoint: Checkpoint) -> None:
-        """The checkpoint of a completed iteration of a half set.
-
-        Raises
-        ------
-        OutputError
-        """
-        stem = f"run_half{half}_class{class_number:03d}"
-        write_checkpoint(self.path / f"{stem}_it{checkpoint.state.iteration:03d}_checkpoint", checkpoint)
-        self._keep_newest(stem, CHECKPOINTS_KEPT)
-
-    def write_half_poses(self, columns: Mapping[str, NDArray[Any]], source: ParticleSource, facts: list[Any]) -> None:
-        """run_data.star with `columns` of the half sets in it, and what was found (`facts`, a class each) in run.json.
-
-        Raises
-        ------
-        OutputError
-        """
-        path = self.path / "run_data.star"
-        with writing(path):
-            write_particles_star(path, _table(source), dict(columns))
-        content = self._read_run_json() | {"halves": facts}
-        _replace(self.path / "run.json", json.dumps(_finite(content), indent=1, allow_nan=False).encode() + b"\n")
-
-    def _half_stems(self) -> list[str]:
-        found = (
-            re.fullmatch(r"(run_half[12]_class\d{3,})_it\d{3,}_checkpoint\.json", p.name) for p in self.path.iterdir()
-        )
-        return sorted({match[1] for match in found if match})
-
-    def _keep_newest(self, stem: str, n: int) -> None:
-        for iteration in self._checkpoints(stem)[n:]:
+        for iteration in self._checkpoints()[CHECKPOINTS_KEPT:]:
             for suffix in (".json", ".npz"):  # the JSON first: without it the npz is no checkpoint
-                (self.path / f"{stem}_it{iteration:03d}_checkpoint{suffix}").unlink(missing_ok=True)
+                (self.path / f"run_it{iteration:03d}_checkpoint{suffix}").unlink(missing_ok=True)
 
     def write_final(self, result: Result, source: ParticleSource, remarks: Sequence[str] = ()) -> None:
         """The final maps and STAR files; `remarks` are what the user was warned of, for run.json.
@@ -244,19 +187,18 @@ class RunFolder:
     def _our_files(self) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if _OURS.fullmatch(path.name))
 
-    def _checkpoints(self, stem: str = "run") -> list[int]:
-        pattern = re.compile(rf"{stem}_it(\d{{3,}})_checkpoint\.json")
-        found = (pattern.fullmatch(path.name) for path in self.path.iterdir())
+    def _checkpoints(self) -> list[int]:
+        found = (_CHECKPOINT.fullmatch(path.name) for path in self.path.iterdir())
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
-    def _newest_checkpoint(self, stem: str = "run") -> Checkpoint | None:
-        iterations = self._checkpoints(stem)
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        iterations = self._checkpoints()
         for iteration in iterations:
-            path = self.path / f"{stem}_it{iteration:03d}_checkpoint"
+            stem = self.path / f"run_it{iteration:03d}_checkpoint"
             try:
-                return read_checkpoint(path)
+                return read_checkpoint(stem)
             except (ValueError, KeyError, TypeError, OSError) as error:
-                warnings.warn(f"checkpoint {path}.json is damaged and left out: {error}", stacklevel=4)
+                warnings.warn(f"checkpoint {stem}.json is damaged and left out: {error}", stacklevel=4)
         if iterations:
             raise InputError(
                 f"output {self.path}: all {len(iterations)} checkpoints are damaged; start again with --overwrite"
@@ -301,9 +243,9 @@ def _table(source: ParticleSource) -> ParticleTable:
     return table
 
 
-def particle_columns(posterior: Posterior, voxel_size: float, best: BestPoses | None = None) -> dict[str, NDArray[Any]]:
+def particle_columns(posterior: Posterior, voxel_size: float) -> dict[str, NDArray[Any]]:
     """RELION's columns of each particle's best class and pose; angles in degrees, origins in Angstrom."""
-    best = best_poses(posterior) if best is None else best
+    best = best_poses(posterior)
     angles = matrix_to_relion(best.rotations)
     origins = -best.shifts * voxel_size
     return {

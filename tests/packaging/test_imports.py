@@ -29,8 +29,7 @@ RANKS = [
     {"starting", "history"},
     {"faml"},
     {"run_folder"},
-    {"halves", "map_comparison"},
-    {"pipeline", "evaluation"},
+    {"pipeline", "evaluation", "halves"},
     {"demo"},
     {"cli"},
 ]
