@@ -652,7 +652,7 @@ def fsc(
     Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
     """
     with _ending(Resume(None)):
-        from faml_gpu.halves import compare_files, write_comparison
+        from faml_gpu.half_files import compare_files, write_comparison
 
         comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
         typer.echo("\n".join(comparison.lines()))

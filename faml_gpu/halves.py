@@ -1,14 +1,9 @@
-"""Two halves of the particles averaged apart: how far they agree is what the data say by themselves.
-
-`run_halves` for one structure, from one common, low-passed start; `compare_files` for any two half maps.
-"""
+"""Two halves of the particles averaged apart: how far they agree is what the data say by themselves."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,36 +23,26 @@ from faml_gpu.fsc import (
     sharpen,
     shell_filter,
 )
-from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.star import StarTable
-from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
-from faml_gpu.plan import SOFT_EDGE, Plan, resolve
-from faml_gpu.report.fsc import fsc_lines, write_fsc
-from faml_gpu.run_folder import writing
+from faml_gpu.plan import Plan, resolve
 from faml_gpu.starting import average_sums, start
 
 __all__ = [
-    "Comparison",
     "HalfMaps",
     "Subset",
-    "compare_files",
     "run_halves",
     "split_halves",
     "stated_halves",
-    "write_comparison",
-    "write_halves",
 ]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-PathLike = str | os.PathLike[str]
 
 GOLD_STANDARD = 0.143
 LEAK = 1  # shells beyond the start's band into which the particle's mask spreads it
 SURE = 3.0  # standard errors by which shells beyond the start must agree
-VOXEL_TOLERANCE = 0.01  # relative, between voxel sizes in headers
 
 
 @dataclass(frozen=True)
@@ -338,160 +323,3 @@ def _final(average: Float32, curves: FscCurves, resolution: float, voxel: float,
     if b_factor is not None:
         weighted = sharpen(weighted, b_factor, voxel)
     return lowpass(weighted, resolution, voxel) if np.isfinite(resolution) else np.zeros_like(weighted)
-
-
-def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, root: str = "postprocess") -> list[Path]:
-    """Write half maps, final map and FSC under RELION's names.
-
-    run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc are what RELION's postprocessing takes;
-    run_class001.mrc is the average of all particles, not filtered; ROOT.mrc the final map; ROOT.star, ROOT_fsc.json and
-    ROOT_fsc.png the curves.
-
-    Parameters
-    ----------
-    result : of `run_halves`
-    folder : exists
-    class_number : from 1, in the names
-    root : one for each class where there are several
-
-    Returns
-    -------
-    list of Path
-        What was written.
-
-    Raises
-    ------
-    OutputError
-        A file cannot be written.
-    """
-    folder = Path(folder)
-    tail = f"class{class_number:03d}"
-    maps = {
-        f"run_half1_{tail}_unfil.mrc": result.maps[0],
-        f"run_half2_{tail}_unfil.mrc": result.maps[1],
-        f"run_{tail}.mrc": result.average,
-        f"{root}.mrc": result.final,
-    }
-    halves = list(maps)[:2]
-    with writing(folder):
-        for name, volume in maps.items():
-            write_mrc(folder / name, volume, result.voxel_size)
-        curves = write_fsc(
-            folder,
-            result.curves,
-            result.voxel_size,
-            {"rlnUnfilteredMapHalf1": halves[0], "rlnUnfilteredMapHalf2": halves[1]},
-            root=root,
-            facts={
-                "resolution": result.resolution if np.isfinite(result.resolution) else None,
-                "start_resolution": result.start_resolution,
-                "beyond_start": result.beyond_start,
-                "particles": [int((result.half == number).sum()) for number in (1, 2)],
-            },
-        )
-    return [*(folder / name for name in maps), *curves]
-
-
-# --- any two maps -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """FSC of two files: the curves, the voxel size in Angstrom, and what `data_general` says of the input."""
-
-    curves: FscCurves
-    voxel_size: float
-    names: dict[str, str]
-
-    def lines(self) -> list[str]:
-        """For printing."""
-        return fsc_lines(self.curves, self.voxel_size)
-
-
-def compare_files(
-    first: PathLike,
-    second: PathLike,
-    *,
-    mask: PathLike | None = None,
-    radius: float | None = None,
-    voxel_size: float | None = None,
-    seed: int = 0,
-) -> Comparison:
-    """Fourier shell correlation of two map files that lie on each other.
-
-    Parameters
-    ----------
-    first, second : MRC files
-    mask : MRC file, 0 .. 1
-    radius : Angstrom, of a soft sphere about the box centre, instead of a mask
-    voxel_size : Angstrom, where the files do not say it
-    seed : of the random phases that measure what the mask adds
-
-    Raises
-    ------
-    InputError
-        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask.
-    """
-    if mask is not None and radius is not None:
-        raise InputError("options mask and radius: found both, expected at most one")
-    one, voxel = _read(first, voxel_size)
-    two, other = _read(second, voxel_size)
-    _same(second, two, other, first, one, voxel)
-    window: NDArray[np.float32] | None = None
-    names = {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
-    if mask is not None:
-        window, size = _read(mask, voxel_size)
-        _same(mask, window, size, first, one, voxel)
-        if window.min() < 0 or window.max() > 1 or not window.any():
-            raise InputError(f"{mask}: found values {window.min():g} to {window.max():g}, expected a mask of 0 to 1")
-        names["rlnMaskName"] = os.fspath(mask)
-    elif radius is not None:
-        widest = len(one) / 2 - SOFT_EDGE
-        if not 0 < radius / voxel <= widest:
-            raise InputError(
-                f"option radius: found {radius:g} A, expected more than 0 and at most {widest * voxel:g} A"
-            )
-        window = soft_sphere(len(one), radius / voxel, SOFT_EDGE)
-    return Comparison(fsc_with_mask(one, two, window, seed=seed), voxel, names)
-
-
-def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
-    """Write postprocess.star, postprocess_fsc.json and postprocess_fsc.png; the folder is made.
-
-    Raises
-    ------
-    OutputError
-        The folder cannot be made, or a file cannot be written.
-    """
-    folder = Path(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
-    return written
-
-
-def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
-    """A cubic map and its voxel size."""
-    volume, voxel = read_mrc(path)
-    if len(set(volume.shape)) != 1:
-        size = " x ".join(map(str, volume.shape[::-1]))
-        raise InputError(f"{path}: {size} voxels, expected a cube")
-    if not np.isfinite(volume).all():
-        raise InputError(f"{path}: found NaN or Inf, expected numbers")
-    if stated is not None and not (np.isfinite(stated) and stated > 0):
-        raise InputError(f"option voxel-size: found {stated:g} A, expected more than 0")
-    if voxel is None:
-        voxel = stated
-    if voxel is None:
-        raise InputError(f"{path}: no voxel size in its header; give --voxel-size")
-    if stated is not None and not abs(voxel / stated - 1) <= VOXEL_TOLERANCE:
-        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {stated:g} A as --voxel-size says")
-    return volume, voxel
-
-
-def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, expected: Float32, size: float) -> None:
-    """Refuse maps on different grids."""
-    if volume.shape != expected.shape:
-        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {len(expected)} as in {other}")
-    if not abs(voxel / size - 1) <= VOXEL_TOLERANCE:
-        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {size:g} A as in {other}")

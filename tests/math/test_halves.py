@@ -16,7 +16,8 @@ from faml_gpu.data import ParticleSource, Poses, Result, State, best_poses
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
-from faml_gpu.halves import HalfMaps, Subset, run_halves, split_halves, stated_halves, write_halves
+from faml_gpu.half_files import write_halves
+from faml_gpu.halves import HalfMaps, Subset, run_halves, split_halves, stated_halves
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import write_particles_star
