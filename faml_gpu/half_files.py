@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.errors import InputError
-from faml_gpu.fsc import FscCurves, fsc_with_mask
-from faml_gpu.halves import HalfMaps
+from faml_gpu.fsc import FscCurves, fsc_with_mask, resolution_at
+from faml_gpu.halves import GOLD_STANDARD, HalfMaps
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.masks import soft_sphere
 from faml_gpu.plan import SOFT_EDGE
 from faml_gpu.report.fsc import fsc_lines, write_fsc
 from faml_gpu.run_folder import writing
 
-__all__ = ["Comparison", "compare_files", "write_comparison", "write_halves"]
+__all__ = ["Comparison", "compare_files", "half_line", "half_summary", "write_comparison", "write_halves"]
 
 Float32 = NDArray[np.float32]
 PathLike = str | os.PathLike[str]
@@ -59,6 +60,7 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
         f"{root}.mrc": result.final,
     }
     halves = list(maps)[:2]
+    summary = half_summary(result)
     with writing(folder):
         for name, volume in maps.items():
             write_mrc(folder / name, volume, result.voxel_size)
@@ -66,16 +68,52 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
             folder,
             result.curves,
             result.voxel_size,
-            {"rlnUnfilteredMapHalf1": halves[0], "rlnUnfilteredMapHalf2": halves[1]},
-            root=root,
-            facts={
-                "resolution": result.resolution if np.isfinite(result.resolution) else None,
-                "start_resolution": result.start_resolution,
-                "beyond_start": result.beyond_start,
-                "particles": [int((result.half == number).sum()) for number in (1, 2)],
+            {
+                # Not where the curve falls: within the start's band it says nothing.
+                "rlnFinalResolution": result.resolution,
+                "rlnUnfilteredMapHalf1": halves[0],
+                "rlnUnfilteredMapHalf2": halves[1],
             },
+            root=root,
+            facts=summary,
+            start=result.start_resolution,
+            verdict=None if result.beyond_start else "nothing beyond the start",
         )
     return [*(folder / name for name in maps), *curves]
+
+
+def half_summary(result: HalfMaps) -> dict[str, Any]:
+    """What halves found, JSON-ready: `resolution` at FSC 0.143 and `resolution_05`, Angstrom.
+
+    Both are the low-pass of the common start where the halves agree on nothing finer; the second also where the curve
+    falls below 0.5 before.
+    """
+    start = result.start_resolution
+    half = resolution_at(result.curves.corrected, 0.5, result.voxel_size, result.curves.box)
+    return {
+        "resolution": result.resolution,
+        "resolution_05": min(half, start) if result.beyond_start else start,
+        "start_resolution": start,
+        "beyond_start": result.beyond_start,
+        "particles": [int((result.half == number).sum()) for number in (1, 2)],
+        "iterations": [run.state.iteration for run in result.results],
+    }
+
+
+def half_line(result: HalfMaps) -> str:
+    """The same for people."""
+    summary = half_summary(result)
+    first, second = summary["particles"]
+    start = summary["start_resolution"]
+    if not result.beyond_start:
+        return f"halves of {first} and {second} particles agree on nothing beyond their common start, {start:.1f} Å"
+    bound = "" if (result.curves.corrected[1:] < GOLD_STANDARD).any() else "≤ "
+    half = summary["resolution_05"]
+    at_half = f"{half:.1f} Å at FSC = 0.5" if half < start else "FSC = 0.5 not beyond the start"
+    return (
+        f"halves of {first} and {second} particles: {bound}{result.resolution:.1f} Å at FSC = 0.143, {at_half}; "
+        f"the common start had {start:.1f} Å"
+    )
 
 
 @dataclass(frozen=True)
