@@ -103,7 +103,12 @@ class Shared:
     ] = None
     initial_lowpass: Annotated[
         float | None,
-        typer.Option(metavar="Å", help="Low-pass filter of that start, such as 60.", rich_help_panel=START_PANEL),
+        typer.Option(
+            metavar="Å",
+            help="Low-pass filter of that start, such as 60; with --halves, of theirs.",
+            show_default="none, --halves a sixth of the mask's diameter",
+            rich_help_panel=START_PANEL,
+        ),
     ] = None
 
     method: Annotated[
@@ -239,6 +244,15 @@ class Shared:
             "--scale-correction",
             help="Let the strength of the signal differ between particles, as it does where their noise did before it "
             "was brought to one level.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = False
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves",
+            help="Gold standard: all particles first, with detail to --initial-lowpass; from there two halves of each "
+            "class, each by itself. Their Fourier shell correlation tells the resolution.",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = False
@@ -652,7 +666,7 @@ def fsc(
     Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
     """
     with _ending(Resume(None)):
-        from faml_gpu.halves import compare_files, write_comparison
+        from faml_gpu.half_files import compare_files, write_comparison
 
         comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
         typer.echo("\n".join(comparison.lines()))
@@ -697,6 +711,8 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     with _ending(Resume(output)):
         # Here and not at the top: these take a second or two, which --help need not wait for.
         from faml_gpu.device_info import choose_device, n_threads
+        from faml_gpu.half_files import half_line
+        from faml_gpu.halves import HalvesResult
         from faml_gpu.pipeline import classify
 
         device, reason = choose_device(options["device"])
@@ -705,6 +721,10 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
             result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
         if result.converged_at is not None:
             typer.echo(f"converged at iteration {result.converged_at}")
+        if isinstance(result, HalvesResult):
+            for k, found in enumerate(result.halves, start=1):
+                if found is not None:
+                    typer.echo(f"class {k}: {half_line(found)}")
         names = [f"run_class{k:03d}.mrc" for k in range(1, len(result.maps) + 1)]
         typer.echo(
             f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}"
@@ -774,8 +794,9 @@ class Display:
 
 def _iteration_line(record: IterationRecord, iterations: int, seconds: float) -> str:
     width = len(str(iterations))
+    part = f"{record.part}  " if record.part else ""
     return (
-        f"{record.iteration:>{width}}/{iterations}  L {record.log_likelihood:.6e}  sigma {record.sigma:.4g}  "
+        f"{part}{record.iteration:>{width}}/{iterations}  L {record.log_likelihood:.6e}  sigma {record.sigma:.4g}  "
         f"resolution {record.resolution:.1f} Å  classes {' '.join(map(str, record.class_sizes))}  "
         f"changed {100 * record.changed_class:.1f} %  poses {record.pose_change:.1f}°  {seconds:.1f} s"
     )

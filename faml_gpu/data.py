@@ -209,6 +209,7 @@ class IterationRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     agreement: list[float] | None = None  # of two halves of the particles, per Fourier shell, see `resolution`
     starts: list[float] | None = None  # log-likelihood of each random start after this iteration; the highest goes on
+    part: str = ""  # of a run in several parts (`halves`): which this is
 
 
 @dataclass

@@ -1,21 +1,32 @@
 """Two halves of the particles averaged apart: how far they agree is what the data say by themselves.
 
-`run_halves` for one structure, from one common, low-passed start; `compare_files` for any two half maps.
+`run_halves` for one structure, from one common, low-passed start. `refine_halves` for a run that has found such starts,
+one in each class: it must not have used anything finer than their low-pass (`common_lowpass`), or else what the halves
+show beyond it is not their own.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import faml, fourier, maximization, metrics
+from faml_gpu import faml, fourier, maximization, metrics, symmetry
 from faml_gpu.array_backend import cpu_threads, use_device
-from faml_gpu.data import Batch, BestPoses, Checkpoint, Groups, ParticleSource, Poses, Posterior, Progress, Result
+from faml_gpu.data import (
+    Batch,
+    BestPoses,
+    Checkpoint,
+    Groups,
+    ParticleSource,
+    Poses,
+    Posterior,
+    Progress,
+    Result,
+    best_poses,
+)
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import (
@@ -28,36 +39,34 @@ from faml_gpu.fsc import (
     sharpen,
     shell_filter,
 )
-from faml_gpu.io.mrc import read_mrc, write_mrc
+from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.io.star import StarTable
-from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
-from faml_gpu.plan import SOFT_EDGE, Plan, resolve
-from faml_gpu.report.fsc import fsc_lines, write_fsc
-from faml_gpu.run_folder import writing
+from faml_gpu.plan import Plan, resolve
+from faml_gpu.posteriors import gathered, scattered
 from faml_gpu.starting import average_sums, start
 
 __all__ = [
-    "Comparison",
+    "GOLD_STANDARD",
     "HalfMaps",
+    "HalvesResult",
     "Subset",
-    "compare_files",
+    "common_lowpass",
+    "refine_halves",
     "run_halves",
     "split_halves",
     "stated_halves",
-    "write_comparison",
-    "write_halves",
+    "together_options",
 ]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-PathLike = str | os.PathLike[str]
 
 GOLD_STANDARD = 0.143
 LEAK = 1  # shells beyond the start's band into which the particle's mask spreads it
+TELLING = 2  # times the coarsest band that tells orientations apart: the low-pass of a common start
 SURE = 3.0  # standard errors by which shells beyond the start must agree
-VOXEL_TOLERANCE = 0.01  # relative, between voxel sizes in headers
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,8 @@ class HalfMaps:
     start_resolution : Angstrom, low-pass of the common start
     beyond_start : the halves agree on more than the start gave them, see `run_halves`
     pose : (R, t) of half 2 with respect to half 1, t in voxels, as found
-    best : pose of each particle with respect to `average`; arrays of length n
+    posterior : poses of each particle with respect to `average`
+    best : the best of them; arrays of length n
     results : of the two runs, each in its own frame
     voxel_size : Angstrom
     """
@@ -164,9 +174,35 @@ class HalfMaps:
     start_resolution: float
     beyond_start: bool
     pose: tuple[Float64, Float64]
+    posterior: Posterior
     best: BestPoses
     results: tuple[Result, Result]
     voxel_size: float
+
+
+def common_lowpass(options: Options, box: int, voxel_size: float, asked: float | None = None) -> float:
+    """Low-pass of the start that two halves share, Angstrom.
+
+    Unless asked for, a sixth of the mask's diameter, twice the detail that tells orientations apart at the coarsest;
+    but at most half of the Fourier shells that the alignment uses, so that finer ones are left to be compared.
+
+    Raises
+    ------
+    InputError
+        Asked for less than three Fourier shells, or for so many that none is left to be compared.
+    """
+    size, full = box * voxel_size, fourier.full_band(box)
+    resolved = resolve(replace(options, starts=1), box, voxel_size, 2 * voxel_size)
+    if asked is None:
+        coarsest = size / (2 * resolved["mask_radius"] / 3)
+        shells = int(np.clip(round(TELLING * coarsest), 3, max(round(coarsest), resolved["r_max"] // 2)))
+        return float(size / shells * (1 - 1e-9))
+    if not (asked > 0 and 3 <= int(size / asked) <= full - LEAK - 1):
+        raise InputError(
+            f"option initial-lowpass: found {asked:g} A, expected {size / (full - LEAK - 1):.4g} to {size / 3:.4g} A "
+            "for halves, which are compared beyond it"
+        )
+    return asked
 
 
 def run_halves(
@@ -201,7 +237,7 @@ def run_halves(
     options : Options
         n_classes is taken as 1.
     reference : (N, N, N) float32, common start; None is the average of all particles as they lie
-    initial_lowpass : Angstrom; None is the band at which a run from nothing begins
+    initial_lowpass : Angstrom; None as `common_lowpass` says
     half : (n,) 1 or 2 for each particle; None takes the STAR file's rlnRandomSubset, or else a split by the seed
     mask : (N, N, N) for the FSC; None is the soft sphere of the alignment
     b_factor : square Angstrom, for the final map; negative sharpens
@@ -223,10 +259,7 @@ def run_halves(
     box, voxel = particles.box, particles.voxel_size
     if mask is not None and mask.shape != (box,) * 3:
         raise InputError(f"mask: found a box of {mask.shape} voxels, expected {(box,) * 3} as the particles")
-    if initial_lowpass is None:
-        initial_lowpass = box * voxel / resolve(options, box, voxel)["r_start"] * (1 - 1e-9)
-    if not initial_lowpass > 0:
-        raise InputError(f"option initial-lowpass: found {initial_lowpass!r}, expected more than 0 A")
+    initial_lowpass = common_lowpass(options, box, voxel, initial_lowpass)
     device, _ = choose_device(options.device)
     with cpu_threads(options.threads), use_device(device):
         plan = Plan.make(particles, options, initial_lowpass, device)
@@ -242,27 +275,32 @@ def run_halves(
                 initial_lowpass=initial_lowpass,
                 checkpoint=checkpoint,
                 on_iteration=None if on_iteration is None else _numbered(on_iteration, number),
-                progress=progress,
+                progress=_named(progress, f"half {number}"),
             )
         )
     radius = plan.mask_radius * voxel
     rotation, shift, _, _ = metrics.align_map(
         runs[1].maps[0], runs[0].maps[0], voxel_size=voxel, mask_radius=radius, resolution=initial_lowpass
     )
+    rotation, shift = _keeping_axes(rotation, shift, options)
     moved = _in_frame(runs[1].posterior, rotation, shift)
     with cpu_threads(options.threads), use_device(device):
         sums = [
-            average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress)
-            for number, posterior in ((1, runs[0].posterior), (2, moved))
+            average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress, run.state)
+            for number, posterior, run in ((1, runs[0].posterior, runs[0]), (2, moved, runs[1]))
         ]
     support = fourier.make_support(box, fourier.full_band(box))
-    maps = np.concatenate([plan.to_maps(maximization.direct_average(*s), support) for s in sums])
-    average = plan.to_maps(maximization.direct_average(*(a + b for a, b in zip(*sums, strict=True))), support)[0]
+    together = [a + b for a, b in zip(*sums, strict=True)]
+    averages = [plan.to_maps(maximization.direct_average(*s), support)[0] for s in (*sums, together)]
+    averages = list(plan.helical(np.stack(averages)))
+    maps, average = np.stack(averages[:2]), averages[2]
     seen = [support.scatter(weights / mass[:, None])[0] for _, weights, mass in sums]
     window = plan.mask if mask is None else mask
     curves = fsc_with_mask(maps[0], maps[1], window, observed=observed_voxels(seen[0], seen[1]), seed=options.seed)
     beyond = _beyond(curves, int(box * voxel / initial_lowpass), window)
     resolution = resolution_at(curves.corrected, GOLD_STANDARD, voxel, box) if beyond else initial_lowpass
+    members = [np.flatnonzero(half == number) for number in (1, 2)]
+    posterior = scattered(list(zip(members, (runs[0].posterior, moved), strict=True)))
     return HalfMaps(
         half=half,
         maps=maps,
@@ -273,10 +311,110 @@ def run_halves(
         start_resolution=initial_lowpass,
         beyond_start=beyond,
         pose=(rotation, shift),
-        best=_joint_poses(half, runs[0].best, runs[1].best, rotation, shift),
+        posterior=posterior,
+        best=best_poses(posterior),
         results=(runs[0], runs[1]),
         voxel_size=voxel,
     )
+
+
+@dataclass
+class HalvesResult(Result):
+    """A run and the halves of its classes: `Result` with what the halves found in place of what they began with.
+
+    `maps`, `best` and `posterior` are those of all particles in the poses found in their halves, where a class has
+    halves; `history`, `converged_at` and `state` belong to the run of all particles that came before.
+
+    Attributes
+    ----------
+    half : (n,) int64, 1 or 2: the half of each particle
+    halves : of each class; None where the class had no particle for one of them
+    """
+
+    half: Int64
+    halves: list[HalfMaps | None]
+
+
+def refine_halves(
+    particles: ParticleSource,
+    options: Options,
+    together: Result,
+    *,
+    initial_lowpass: float,
+    checkpoint: Callable[[int, int], Checkpoint | None] | None = None,
+    on_iteration: Callable[[int, int, Checkpoint], None] | None = None,
+    progress: Progress | None = None,
+) -> HalvesResult:
+    """Average two halves of each class independently, see `run_halves`.
+
+    Parameters
+    ----------
+    particles : ParticleSource
+    options : Options
+    together : the run of all particles, which used nothing finer than `initial_lowpass` (`together_options`)
+    initial_lowpass : Angstrom, of its averages, with which both halves begin
+    checkpoint : gets class (from 0) and half (1 or 2), gives what to go on from
+    on_iteration : gets class, half and the checkpoint after each iteration
+    progress : progress(step, done, total)
+    """
+    stated = stated_halves(particles)
+    half = np.ones(len(particles), np.int64)
+    maps, halves = together.maps.copy(), list[HalfMaps | None]()
+    parts: list[tuple[Int64, Posterior]] = []
+    for k in range(len(maps)):
+        members = np.flatnonzero(together.best.classes == k)
+        half[members] = split_halves(len(members), options.seed) if stated is None else stated[members]
+        if len(np.unique(half[members])) < 2:
+            halves.append(None)
+            parts.append((members, gathered(together.posterior, members)))
+            continue
+
+        def numbered(number: int, done: Checkpoint, k: int = k) -> None:
+            if on_iteration is not None:
+                on_iteration(k, number, done)
+
+        found = run_halves(
+            Subset(particles, members),
+            options,
+            reference=together.maps[k],
+            initial_lowpass=initial_lowpass,
+            half=half[members],
+            checkpoints=(None, None) if checkpoint is None else (checkpoint(k, 1), checkpoint(k, 2)),
+            on_iteration=numbered,
+            progress=progress if len(maps) == 1 else _named(progress, f"class {k + 1}"),
+        )
+        halves.append(found)
+        # Which class a particle belongs to stays what the run of all particles says.
+        of_class = replace(
+            found.posterior,
+            class_index=np.full_like(found.posterior.class_index, k),
+            class_probability=together.posterior.class_probability[members],
+        )
+        parts.append((members, of_class))
+        maps[k] = found.average
+    posterior = scattered(parts)
+    return HalvesResult(
+        maps=maps,
+        best=best_poses(posterior),
+        posterior=posterior,
+        state=together.state,
+        history=together.history,
+        converged_at=together.converged_at,
+        options=resolve(options, particles.box, particles.voxel_size, initial_lowpass),
+        voxel_size=together.voxel_size,
+        half=half,
+        halves=halves,
+    )
+
+
+def together_options(options: Options, box: int, voxel_size: float, initial_lowpass: float) -> Options:
+    """Options of the run of all particles before that of their halves: nothing finer than `initial_lowpass` is used.
+
+    Poses and classes that all particles found together by finer detail would fit the noise of that detail in both
+    halves alike, and the halves, which begin with an average in these poses, would agree on it.
+    """
+    size = box * voxel_size
+    return replace(options, resolution=max(size / int(size / initial_lowpass), options.resolution or 0.0))
 
 
 def _halves(particles: ParticleSource, given: Int64 | None, seed: int) -> Int64:
@@ -296,6 +434,12 @@ def _numbered(call: Callable[[int, Checkpoint], None], number: int) -> Callable[
     return lambda checkpoint: call(number, checkpoint)
 
 
+def _named(progress: Progress | None, part: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda name, done, total: progress(f"{part}, {name}", done, total)
+
+
 def _in_frame(posterior: Posterior, rotation: Float64, shift: Float64) -> Posterior:
     """Poses with respect to the reference of which the average they belong to is a copy in the pose (R, t)."""
     return replace(
@@ -305,17 +449,16 @@ def _in_frame(posterior: Posterior, rotation: Float64, shift: Float64) -> Poster
     )
 
 
-def _joint_poses(half: Int64, first: BestPoses, second: BestPoses, rotation: Float64, shift: Float64) -> BestPoses:
-    """The poses of all particles in their order, in the frame of half 1."""
-    place = np.concatenate([np.flatnonzero(half == 1), np.flatnonzero(half == 2)])
-    order = np.argsort(place)
-    shifts = np.concatenate([first.shifts, second.shifts + second.rotations @ shift])
-    return BestPoses(
-        np.concatenate([first.classes, second.classes])[order],
-        np.concatenate([first.rotations, second.rotations @ rotation])[order],
-        shifts[order],
-        np.concatenate([first.probability, second.probability])[order],
-    )
+def _keeping_axes(rotation: Float64, shift: Float64, options: Options) -> tuple[Float64, Float64]:
+    """Of the pose of one average to another, what leaves the axes of a symmetry imposed on both where they are."""
+    if options.helix is None and symmetry.order(options.symmetry) == 1:
+        return rotation, shift
+    if options.symmetry.strip().upper()[0] != "C":
+        return np.eye(3), np.zeros(3)
+    over = np.diag([1.0, -1.0, -1.0]) if rotation[2, 2] < 0 else np.eye(3)
+    about = rotation @ over
+    angle = np.arctan2(about[1, 0] - about[0, 1], about[0, 0] + about[1, 1])
+    return euler_to_matrix([angle, 0.0, 0.0]) @ over, shift * [0, 0, 1]
 
 
 def _beyond(curves: FscCurves, shell: int, mask: Float32) -> bool:
@@ -338,160 +481,3 @@ def _final(average: Float32, curves: FscCurves, resolution: float, voxel: float,
     if b_factor is not None:
         weighted = sharpen(weighted, b_factor, voxel)
     return lowpass(weighted, resolution, voxel) if np.isfinite(resolution) else np.zeros_like(weighted)
-
-
-def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, root: str = "postprocess") -> list[Path]:
-    """Write half maps, final map and FSC under RELION's names.
-
-    run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc are what RELION's postprocessing takes;
-    run_class001.mrc is the average of all particles, not filtered; ROOT.mrc the final map; ROOT.star, ROOT_fsc.json and
-    ROOT_fsc.png the curves.
-
-    Parameters
-    ----------
-    result : of `run_halves`
-    folder : exists
-    class_number : from 1, in the names
-    root : one for each class where there are several
-
-    Returns
-    -------
-    list of Path
-        What was written.
-
-    Raises
-    ------
-    OutputError
-        A file cannot be written.
-    """
-    folder = Path(folder)
-    tail = f"class{class_number:03d}"
-    maps = {
-        f"run_half1_{tail}_unfil.mrc": result.maps[0],
-        f"run_half2_{tail}_unfil.mrc": result.maps[1],
-        f"run_{tail}.mrc": result.average,
-        f"{root}.mrc": result.final,
-    }
-    halves = list(maps)[:2]
-    with writing(folder):
-        for name, volume in maps.items():
-            write_mrc(folder / name, volume, result.voxel_size)
-        curves = write_fsc(
-            folder,
-            result.curves,
-            result.voxel_size,
-            {"rlnUnfilteredMapHalf1": halves[0], "rlnUnfilteredMapHalf2": halves[1]},
-            root=root,
-            facts={
-                "resolution": result.resolution if np.isfinite(result.resolution) else None,
-                "start_resolution": result.start_resolution,
-                "beyond_start": result.beyond_start,
-                "particles": [int((result.half == number).sum()) for number in (1, 2)],
-            },
-        )
-    return [*(folder / name for name in maps), *curves]
-
-
-# --- any two maps -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """FSC of two files: the curves, the voxel size in Angstrom, and what `data_general` says of the input."""
-
-    curves: FscCurves
-    voxel_size: float
-    names: dict[str, str]
-
-    def lines(self) -> list[str]:
-        """For printing."""
-        return fsc_lines(self.curves, self.voxel_size)
-
-
-def compare_files(
-    first: PathLike,
-    second: PathLike,
-    *,
-    mask: PathLike | None = None,
-    radius: float | None = None,
-    voxel_size: float | None = None,
-    seed: int = 0,
-) -> Comparison:
-    """Fourier shell correlation of two map files that lie on each other.
-
-    Parameters
-    ----------
-    first, second : MRC files
-    mask : MRC file, 0 .. 1
-    radius : Angstrom, of a soft sphere about the box centre, instead of a mask
-    voxel_size : Angstrom, where the files do not say it
-    seed : of the random phases that measure what the mask adds
-
-    Raises
-    ------
-    InputError
-        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask.
-    """
-    if mask is not None and radius is not None:
-        raise InputError("options mask and radius: found both, expected at most one")
-    one, voxel = _read(first, voxel_size)
-    two, other = _read(second, voxel_size)
-    _same(second, two, other, first, one, voxel)
-    window: NDArray[np.float32] | None = None
-    names = {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
-    if mask is not None:
-        window, size = _read(mask, voxel_size)
-        _same(mask, window, size, first, one, voxel)
-        if window.min() < 0 or window.max() > 1 or not window.any():
-            raise InputError(f"{mask}: found values {window.min():g} to {window.max():g}, expected a mask of 0 to 1")
-        names["rlnMaskName"] = os.fspath(mask)
-    elif radius is not None:
-        widest = len(one) / 2 - SOFT_EDGE
-        if not 0 < radius / voxel <= widest:
-            raise InputError(
-                f"option radius: found {radius:g} A, expected more than 0 and at most {widest * voxel:g} A"
-            )
-        window = soft_sphere(len(one), radius / voxel, SOFT_EDGE)
-    return Comparison(fsc_with_mask(one, two, window, seed=seed), voxel, names)
-
-
-def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
-    """Write postprocess.star, postprocess_fsc.json and postprocess_fsc.png; the folder is made.
-
-    Raises
-    ------
-    OutputError
-        The folder cannot be made, or a file cannot be written.
-    """
-    folder = Path(folder)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
-    return written
-
-
-def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
-    """A cubic map and its voxel size."""
-    volume, voxel = read_mrc(path)
-    if len(set(volume.shape)) != 1:
-        size = " x ".join(map(str, volume.shape[::-1]))
-        raise InputError(f"{path}: {size} voxels, expected a cube")
-    if not np.isfinite(volume).all():
-        raise InputError(f"{path}: found NaN or Inf, expected numbers")
-    if stated is not None and not (np.isfinite(stated) and stated > 0):
-        raise InputError(f"option voxel-size: found {stated:g} A, expected more than 0")
-    if voxel is None:
-        voxel = stated
-    if voxel is None:
-        raise InputError(f"{path}: no voxel size in its header; give --voxel-size")
-    if stated is not None and not abs(voxel / stated - 1) <= VOXEL_TOLERANCE:
-        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {stated:g} A as --voxel-size says")
-    return volume, voxel
-
-
-def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, expected: Float32, size: float) -> None:
-    """Refuse maps on different grids."""
-    if volume.shape != expected.shape:
-        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {len(expected)} as in {other}")
-    if not abs(voxel / size - 1) <= VOXEL_TOLERANCE:
-        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {size:g} A as in {other}")

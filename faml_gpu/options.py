@@ -85,6 +85,7 @@ class Options:
         Groups of few particles share the curve of all (see `noise.FEWEST`; default: by preset)
     scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
         offset needs none: the zero frequency takes no part in anything
+    halves : then two halves of each class are averaged apart, see `halves.refine_halves`
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : subtract the mean and divide by the standard deviation outside the mask
@@ -111,6 +112,7 @@ class Options:
     regularization: float | None = None
     noise_groups: Literal["auto", "none", "optics", "tomogram"] | None = None
     scale_correction: bool = False
+    halves: bool = False
     padding: int = 2
     invert: bool = False
     normalize: bool = True

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from faml_gpu import faml
 from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.errors import InputError
+from faml_gpu.half_files import half_summary, write_halves
+from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.noise import noise_groups
@@ -87,17 +89,19 @@ def classify(
     voxel_size : Angstrom, where the input does not say it
     use_poses : start from the poses (and classes) of the STAR file
     reference : start from this map: a file, or an array `[z, y, x]`; same box and voxel size as the particles
-    initial_lowpass : low-pass of the start, Angstrom (needs `reference` or `use_poses`)
+    initial_lowpass : low-pass of the start, Angstrom (needs `reference`, `use_poses` or `halves`)
     resume : go on with the run in `output`: same input and options, `iterations` may be more
     overwrite : replace the run in `output`
     progress : called with (step name, done, total) within an iteration
     on_iteration : called with the record of each completed iteration, after its files are written
-    options : fields of `Options` other than n_classes: iterations, seed, resolution, method, preset ...
+    options : fields of `Options` other than n_classes: iterations, seed, resolution, method, preset, halves ...
 
     Returns
     -------
     Result
-        maps, best pose and class per particle, posteriors, history.
+        maps, best pose and class per particle, posteriors, history; a `halves.HalvesResult` with `halves`: all
+        particles together first, with detail no finer than `initial_lowpass`, then two halves of each class from its
+        average, each by itself.
 
     Raises
     ------
@@ -114,8 +118,8 @@ def classify(
     if initial_lowpass is not None:
         if not initial_lowpass > 0:
             raise InputError(f"option initial_lowpass: found {initial_lowpass!r}, expected more than 0 A")
-        if reference is None and not use_poses:
-            raise InputError("option initial_lowpass: found no map to filter; give reference or use_poses too")
+        if reference is None and not use_poses and not chosen.halves:
+            raise InputError("option initial_lowpass: found no map to filter; give reference or use_poses too, or halves")
 
     data = _Input.open(
         particles,
@@ -130,8 +134,16 @@ def classify(
         raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
     noise_groups(source, chosen)  # those asked for are there
     start_map = None if reference is None else _read_reference(reference, source)
-    lowpass = start_lowpass(initial_lowpass, source.voxel_size, known=start_map is not None or use_poses)
+    known = start_map is not None or use_poses
+    start_filter = initial_lowpass if known else None
+    lowpass = start_lowpass(start_filter, source.voxel_size, known=known)
     resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
+    together = chosen
+    if chosen.halves:
+        stated_halves(source)  # what the input says of them can be used
+        shared = common_lowpass(chosen, source.box, source.voxel_size, initial_lowpass)
+        together = together_options(chosen, source.box, source.voxel_size, shared)
+        resolved |= {"halves_lowpass": shared}
 
     with ExitStack() as stack:
         checkpoint = None
@@ -166,29 +178,81 @@ def classify(
 
         result = faml.run(
             source,
-            chosen,
+            together,
             reference=start_map,
-            initial_lowpass=initial_lowpass,
+            initial_lowpass=start_filter,
             use_poses=use_poses,
             checkpoint=checkpoint,
             on_iteration=after_iteration,
             progress=progress,
         )
+        if chosen.halves:
+            result = _halve(source, chosen, result, shared, folder, on_iteration, progress)
         remarks = _doubts(result)
         if folder is not None:
-            folder.write_final(result, source, remarks)
+            _write_final(folder, result, source, remarks)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
     return result
 
 
+def _halve(
+    source: ParticleSource,
+    options: Options,
+    together: Result,
+    lowpass: float,
+    folder: RunFolder | None,
+    on_iteration: Callable[[IterationRecord], None] | None,
+    progress: Progress | None,
+) -> HalvesResult:
+    """The halves of each class, with checkpoints in the run's folder."""
+
+    def after_iteration(k: int, half: int, done: Checkpoint) -> None:
+        if folder is not None:
+            folder.write_half_iteration(k, half, done, source.voxel_size)
+        if on_iteration is not None:
+            of_class = f"class {k + 1}, " if options.n_classes > 1 else ""
+            on_iteration(replace(done.history[-1], part=f"{of_class}half {half}"))
+
+    return refine_halves(
+        source,
+        options,
+        together,
+        initial_lowpass=lowpass,
+        checkpoint=None if folder is None else folder.half_checkpoint,
+        on_iteration=after_iteration,
+        progress=progress,
+    )
+
+
+def _write_final(folder: RunFolder, result: Result, source: ParticleSource, remarks: list[str]) -> None:
+    if not isinstance(result, HalvesResult):
+        folder.write_final(result, source, remarks)
+        return
+    several = len(result.halves) > 1
+    for k, found in enumerate(result.halves, start=1):
+        if found is not None:
+            root = f"postprocess_class{k:03d}" if several else "postprocess"
+            write_halves(found, folder.path, class_number=k, root=root)
+    facts = [None if found is None else half_summary(found) for found in result.halves]
+    folder.write_final(result, source, remarks, columns={"rlnRandomSubset": result.half}, facts={"halves": facts})
+
+
 def _doubts(result: Result) -> list[str]:
     """What the user should know of the result before using it."""
-    return preferred_orientations(
+    remarks = preferred_orientations(
         angular_coverage(result.posterior),
         result.history[-1].coverage,
         effective_particles(result.posterior.class_probability),
     )
+    if isinstance(result, HalvesResult):
+        sizes = np.bincount(result.best.classes, minlength=len(result.halves))
+        remarks += [
+            f"class {k + 1}: found {sizes[k]} particles, too few for halves (at least one in each): it has none"
+            for k, found in enumerate(result.halves)
+            if found is None
+        ]
+    return remarks
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["join", "likeliest", "one_hot", "select"]
+__all__ = ["gathered", "join", "likeliest", "one_hot", "scattered", "select"]
 
 Int64 = NDArray[np.int64]
 
@@ -84,4 +84,45 @@ def select(posterior: Posterior, first: int, last: int) -> Posterior:
         log_likelihood=posterior.log_likelihood[first:last],
         n_significant=posterior.n_significant[first:last],
         class_probability=posterior.class_probability[first:last],
+    )
+
+
+def gathered(posterior: Posterior, members: Int64) -> Posterior:
+    """The part of a posterior that belongs to some of its particles, in increasing order; numbered from 0."""
+    number = np.full(len(posterior.log_likelihood), -1)
+    number[members] = np.arange(len(members))
+    rows = number[posterior.particle] >= 0
+    return Posterior(
+        particle=number[posterior.particle[rows]],
+        class_index=posterior.class_index[rows],
+        rotations=posterior.rotations[rows],
+        shifts=posterior.shifts[rows],
+        probability=posterior.probability[rows],
+        log_likelihood=posterior.log_likelihood[members],
+        n_significant=posterior.n_significant[members],
+        class_probability=posterior.class_probability[members],
+    )
+
+
+def scattered(parts: list[tuple[Int64, Posterior]]) -> Posterior:
+    """The posterior of all particles from those of sets of them, each with its members: every particle in one set."""
+    members = np.concatenate([m for m, _ in parts])
+    particle = np.concatenate([m[p.particle] for m, p in parts])
+    order, place = np.argsort(particle, kind="stable"), np.argsort(members)
+
+    def rows(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(p, name) for _, p in parts])[order]
+
+    def particles(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(p, name) for _, p in parts])[place]
+
+    return Posterior(
+        particle=particle[order],
+        class_index=rows("class_index"),
+        rotations=rows("rotations"),
+        shifts=rows("shifts"),
+        probability=rows("probability"),
+        log_likelihood=particles("log_likelihood"),
+        n_significant=particles("n_significant"),
+        class_probability=particles("class_probability"),
     )

@@ -46,8 +46,13 @@ _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
     r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json)"
 )
-_LEFTOVER = re.compile(r"\.run\w*\.\d+-[0-9a-f]+\.tmp\.\w+")  # of `atomic_path` in a process that was killed
-_CHECKPOINT = re.compile(r"run_it(\d{3,})_checkpoint\.json")
+_OF_HALVES = re.compile(
+    r"run(_it\d{3,}_half[12]_class\d{3,}(\.mrc|_checkpoint\.(npz|json))|_half[12]_class\d{3,}_unfil\.mrc)"
+    r"|postprocess(_class\d{3,})?(\.mrc|\.star|_fsc\.json|_fsc\.png)"
+)
+_LEFTOVER = re.compile(
+    r"\.(run|postprocess)\w*\.\d+-[0-9a-f]+\.tmp\.\w+"
+)  # of `atomic_path` in a process that was killed
 
 # Options that a resumed run may change: `iterations` only upwards, the others with a note.
 _FREE = ("device", "threads")
@@ -153,18 +158,53 @@ class RunFolder:
             Nothing written earlier is lost.
         """
         stem = f"run_it{checkpoint.state.iteration:03d}"
+        for path in self.path.iterdir():
+            if _OF_HALVES.fullmatch(path.name):  # of the averages as they were, when the run had fewer iterations
+                path.unlink()
         self._write_maps(stem, checkpoint.state.maps, source.voxel_size)
         self._write_data(stem, checkpoint.posterior, source)
         with writing(self.path / f"{stem}_model.star"):
             _write_model(self.path / f"{stem}_model.star", stem, checkpoint, source)
         write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
         self._write_run_json("running", checkpoint.history)
-        for iteration in self._checkpoints()[CHECKPOINTS_KEPT:]:
-            for suffix in (".json", ".npz"):  # the JSON first: without it the npz is no checkpoint
-                (self.path / f"run_it{iteration:03d}_checkpoint{suffix}").unlink(missing_ok=True)
+        self._forget_old_checkpoints()
 
-    def write_final(self, result: Result, source: ParticleSource, remarks: Sequence[str] = ()) -> None:
-        """The final maps and STAR files; `remarks` are what the user was warned of, for run.json.
+    def write_half_iteration(self, k: int, half: int, checkpoint: Checkpoint, voxel_size: float) -> None:
+        """Map and then the checkpoint of a completed iteration of a half (1 or 2) of class k (from 0).
+
+        Raises
+        ------
+        OutputError
+            Nothing written earlier is lost.
+        """
+        path = self.path / f"run_it{checkpoint.state.iteration:03d}{_half_name(k, half)}.mrc"
+        with writing(path):
+            write_mrc(path, checkpoint.state.maps[0], voxel_size)
+        write_checkpoint(path.with_name(f"{path.stem}_checkpoint"), checkpoint)
+        self._forget_old_checkpoints(_half_name(k, half))
+
+    def half_checkpoint(self, k: int, half: int) -> Checkpoint | None:
+        """The last whole checkpoint of a half (1 or 2) of class k (from 0); None where it begins."""
+        return self._last_whole(_half_name(k, half))
+
+    def write_final(
+        self,
+        result: Result,
+        source: ParticleSource,
+        remarks: Sequence[str] = (),
+        *,
+        columns: Mapping[str, NDArray[Any]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The final maps and STAR files.
+
+        Parameters
+        ----------
+        result : Result
+        source : ParticleSource
+        remarks : what the user was warned of, for run.json
+        columns : what else run_data.star says of each particle
+        facts : what else run.json says, JSON-ready
 
         Raises
         ------
@@ -172,7 +212,8 @@ class RunFolder:
             Nothing written earlier is lost.
         """
         self._write_maps("run", result.maps, result.voxel_size)
-        self._write_data("run", result.posterior, source)
+        self._write_data("run", result.posterior, source, columns)
+        self._facts |= facts or {}
         path = self.path / "run_class_posteriors.star"
         with writing(path):
             write_star(path, {"class_posteriors": posterior_columns(result.posterior, _table(source).image_names)})
@@ -185,23 +226,36 @@ class RunFolder:
         return bool(self._checkpoints())
 
     def _our_files(self) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if _OURS.fullmatch(path.name))
+        return sorted(path for path in self.path.iterdir() if _is_ours(path.name))
 
-    def _checkpoints(self) -> list[int]:
-        found = (_CHECKPOINT.fullmatch(path.name) for path in self.path.iterdir())
+    def _checkpoints(self, part: str = "") -> list[int]:
+        """Iterations with a checkpoint of the run or of a part of it, the last one first."""
+        pattern = re.compile(rf"run_it(\d{{3,}}){part}_checkpoint\.json")
+        found = (pattern.fullmatch(path.name) for path in self.path.iterdir())
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        iterations = self._checkpoints()
-        for iteration in iterations:
-            stem = self.path / f"run_it{iteration:03d}_checkpoint"
+    def _forget_old_checkpoints(self, part: str = "") -> None:
+        for iteration in self._checkpoints(part)[CHECKPOINTS_KEPT:]:
+            for suffix in (".json", ".npz"):  # the JSON first: without it the npz is no checkpoint
+                (self.path / f"run_it{iteration:03d}{part}_checkpoint{suffix}").unlink(missing_ok=True)
+
+    def _last_whole(self, part: str = "") -> Checkpoint | None:
+        self._forget_old_checkpoints(part)  # a process that was killed may have left one more
+        for iteration in self._checkpoints(part):
+            stem = self.path / f"run_it{iteration:03d}{part}_checkpoint"
             try:
                 return read_checkpoint(stem)
             except (ValueError, KeyError, TypeError, OSError) as error:
-                warnings.warn(f"checkpoint {stem}.json is damaged and left out: {error}", stacklevel=4)
-        if iterations:
+                warnings.warn(f"checkpoint {stem}.json is damaged and left out: {error}", stacklevel=5)
+        return None
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        found = self._last_whole()
+        if found is not None:
+            return found
+        if damaged := self._checkpoints():
             raise InputError(
-                f"output {self.path}: all {len(iterations)} checkpoints are damaged; start again with --overwrite"
+                f"output {self.path}: all {len(damaged)} checkpoints are damaged; start again with --overwrite"
             )
         warnings.warn(f"{self.path} holds no checkpoint yet: starting from the beginning", stacklevel=4)
         return None
@@ -228,10 +282,26 @@ class RunFolder:
             with writing(path):
                 write_mrc(path, volume, voxel_size)
 
-    def _write_data(self, stem: str, posterior: Posterior, source: ParticleSource) -> None:
+    def _write_data(
+        self,
+        stem: str,
+        posterior: Posterior,
+        source: ParticleSource,
+        columns: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         path = self.path / f"{stem}_data.star"
         with writing(path):
-            write_particles_star(path, _table(source), particle_columns(posterior, source.voxel_size))
+            found = particle_columns(posterior, source.voxel_size)
+            write_particles_star(path, _table(source), {**found, **(columns or {})})
+
+
+def _is_ours(name: str) -> bool:
+    return bool(_OURS.fullmatch(name) or _OF_HALVES.fullmatch(name))
+
+
+def _half_name(k: int, half: int) -> str:
+    """As RELION has it in its file names."""
+    return f"_half{half}_class{k + 1:03d}"
 
 
 def _table(source: ParticleSource) -> ParticleTable:

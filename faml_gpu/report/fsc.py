@@ -88,10 +88,12 @@ def write_fsc(
     folder: str | os.PathLike[str],
     curves: FscCurves,
     voxel_size: float,
-    names: Mapping[str, str],
+    names: Mapping[str, Any],
     *,
     root: str = "postprocess",
     facts: Mapping[str, Any] | None = None,
+    start: float | None = None,
+    verdict: str | None = None,
 ) -> list[Path]:
     """Write the curves under the names RELION's postprocessing uses: ROOT.star, ROOT_fsc.json and ROOT_fsc.png.
 
@@ -99,9 +101,11 @@ def write_fsc(
     ----------
     folder : exists
     curves, voxel_size : of the half maps
-    names : further pairs of `data_general`: rlnUnfilteredMapHalf1, rlnUnfilteredMapHalf2, rlnMaskName ...
+    names : further pairs of `data_general`, or others: rlnUnfilteredMapHalf1, rlnUnfilteredMapHalf2, rlnMaskName ...
     root : of the file names
     facts : what else the JSON says, JSON-ready
+    start : Angstrom, low-pass of a start that the half maps share; shaded in the picture
+    verdict : in the picture's legend in place of the crossings
 
     Returns
     -------
@@ -136,11 +140,11 @@ def write_fsc(
     write_star(star, {"general": general, "fsc": table})
     with atomic_path(text) as temporary:
         temporary.write_text(json.dumps({**summary, **(facts or {})}, indent=1, allow_nan=False) + "\n", "utf-8")
-    _draw(curves, voxel_size, picture)
+    _draw(curves, voxel_size, picture, start, verdict)
     return [star, text, picture]
 
 
-def _draw(curves: FscCurves, voxel_size: float, path: Path) -> None:
+def _draw(curves: FscCurves, voxel_size: float, path: Path, start: float | None, verdict: str | None) -> None:
     figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -151,7 +155,9 @@ def _draw(curves: FscCurves, voxel_size: float, path: Path) -> None:
     last = shells[-1] / (curves.box * voxel_size)
     frequency = [shell / (curves.box * voxel_size) for shell in shells]
     levels = fsc_summary(curves, voxel_size)["levels"]
-    label = ", ".join(f"{level}: {_resolution(found)}" for level, found in levels.items() if found["resolution"])
+    label = verdict or ", ".join(
+        f"{level}: {_resolution(found)}" for level, found in levels.items() if found["resolution"]
+    )
     name = "without mask" if curves.masked is None else "corrected for the mask"
     axes.plot(frequency, curves.corrected[1:], color="k", linewidth=1.8, label=f"{name} ({label or 'no resolution'})")
     for curve, colour, text in (
@@ -161,6 +167,8 @@ def _draw(curves: FscCurves, voxel_size: float, path: Path) -> None:
     ):
         if curve is not None:
             axes.plot(frequency, curve[1:], color=colour, linewidth=1.0, label=text)
+    if start is not None:
+        axes.axvspan(0, 1 / start, color="0.93", linewidth=0, label=f"common start, to {start:.1f} Å")
     axes.set_xlim(0, last)
     ticks = [float(tick) for tick in axes.get_xticks() if 0 < tick <= last]
     axes.set_xticks(ticks, [f"{1 / tick:.3g}" for tick in ticks])

@@ -117,7 +117,8 @@ def test_help_names_every_option() -> None:
     for name in shlex.split(
         "--iterations --seed --device --threads --tilt-range --tilt-axis --voxel-size --mask-radius --resolution "
         "--bandwidth --candidates --max-shift --method --preset --sampler --update --regularization --padding "
-        "--use-poses --reference --initial-lowpass --resume --overwrite --invert --no-normalize --classes --output"
+        "--use-poses --reference --initial-lowpass --halves --resume --overwrite --invert --no-normalize --classes "
+        "--output"
     ):
         assert name in text
 

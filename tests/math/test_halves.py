@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,27 @@ from gemmi import cif
 from scipy.spatial.transform import Rotation
 
 from faml_gpu import halves
-from faml_gpu.data import ParticleSource, Poses, Result, State, best_poses
+from faml_gpu.data import ParticleSource, Poses, Posterior, Result, State, best_poses
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
-from faml_gpu.halves import HalfMaps, Subset, run_halves, split_halves, stated_halves, write_halves
+from faml_gpu.half_files import write_halves
+from faml_gpu.halves import (
+    HalfMaps,
+    Subset,
+    common_lowpass,
+    run_halves,
+    split_halves,
+    stated_halves,
+    together_options,
+)
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import write_particles_star
 from faml_gpu.metrics import correlation, rotate_map
 from faml_gpu.options import Options
-from faml_gpu.posteriors import one_hot
+from faml_gpu.plan import resolve
+from faml_gpu.posteriors import gathered, one_hot, scattered
 from faml_gpu.run_folder import OutputError
 from faml_gpu.simulate import density, ribosome, simulate_particles
 from faml_gpu.weights import missing_wedge
@@ -86,6 +96,92 @@ def test_halves_the_star_file_states(small_star: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(stated_halves(Subset(found, np.array([1, 4]))), [1, 2])
     with pytest.raises(InputError, match=r"particle 3\): rlnRandomSubset is 3, expected 1 or 2"):
         stated_halves(with_subsets([1, 2, 3, 1, 2, 1]))
+
+
+def test_a_posterior_taken_apart_and_put_together_is_itself() -> None:
+    rng = np.random.default_rng(4)
+    count = np.array([2, 1, 3, 1, 2])
+    rows = int(count.sum())
+    whole = Posterior(
+        particle=np.repeat(np.arange(5), count),
+        class_index=rng.integers(0, 2, rows),
+        rotations=Rotation.random(rows, 5).as_matrix(),
+        shifts=rng.standard_normal((rows, 3)),
+        probability=rng.random(rows),
+        log_likelihood=rng.standard_normal(5),
+        n_significant=count,
+        class_probability=rng.random((5, 2)),
+    )
+    sets = [np.array([1, 4]), np.array([0, 2]), np.array([], np.int64), np.array([3])]
+    part = gathered(whole, sets[0])
+    np.testing.assert_array_equal(part.particle, [0, 1, 1])
+    np.testing.assert_array_equal(part.shifts, whole.shifts[[2, 7, 8]])
+    np.testing.assert_array_equal(part.log_likelihood, whole.log_likelihood[[1, 4]])
+    again = scattered([(members, gathered(whole, members)) for members in sets])
+    for field in fields(Posterior):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(whole, field.name), field.name)
+
+
+# --- the common start ---------------------------------------------------------------------------------------
+
+
+def test_the_common_start_leaves_shells_to_compare() -> None:
+    # A mask of 100 A: a third of its diameter is shell 9.6 of 640 A, twice that is 19; at most half of those the
+    # alignment uses, but not less than what tells orientations apart.
+    size = 64 * 10.0
+    for options, shells in [
+        (Options(mask_radius=200.0), 10),
+        (Options(mask_radius=100.0), 15),  # half of 31
+        (Options(mask_radius=100.0, resolution=size / 15), 10),
+        (Options(mask_radius=200.0, resolution=size / 14, starts=5, preset="paper"), 7),
+    ]:
+        found = common_lowpass(options, 64, 10.0)
+        assert int(size / found) == shells
+        together = together_options(options, 64, 10.0, found)
+        assert resolve(together, 64, 10.0)["r_max"] == shells
+    assert common_lowpass(Options(), 64, 10.0, 75.0) == 75.0
+    assert resolve(together_options(Options(), 64, 10.0, 75.0), 64, 10.0)["r_max"] == 8
+    # Coarser is left as it is.
+    assert resolve(together_options(Options(resolution=100.0), 64, 10.0, 75.0), 64, 10.0)["r_max"] == 6
+    for wrong in (0.0, -1.0, 21.0, 214.0):
+        with pytest.raises(InputError, match="initial-lowpass: found"):
+            common_lowpass(Options(), 64, 10.0, wrong)
+    assert common_lowpass(Options(), 64, 10.0, size / 29) == size / 29
+
+
+@pytest.mark.parametrize(
+    ("symmetry", "helix", "degrees", "expected"),
+    [
+        ("C1", None, [0, 0, 25], "as found"),
+        ("C7", None, [0, 0, 25], 25.0),
+        ("C7", None, [4, -3, 25], 25.0),
+        ("C1", (20.0, 30.0), [0, 0, -70], -70.0),
+        ("D7", None, [0, 0, 51], 0.0),
+        ("O", None, [3, 2, 88], 0.0),
+    ],
+)
+def test_registration_leaves_the_axes_of_an_imposed_symmetry(
+    symmetry: str, helix: Any, degrees: list[float], expected: Any
+) -> None:
+    found, shift = Rotation.from_rotvec(np.deg2rad(degrees)).as_matrix(), np.array([0.5, -0.2, 0.9])
+    rotation, moved = halves._keeping_axes(found, shift, Options(symmetry=symmetry, helix=helix))
+    if expected == "as found":
+        np.testing.assert_array_equal(rotation, found)
+        np.testing.assert_array_equal(moved, shift)
+        return
+    np.testing.assert_allclose(rotation[2], [0, 0, 1], atol=1e-12)
+    about = Rotation.from_rotvec([0, 0, np.deg2rad(expected)]).as_matrix()
+    assert rotation_angle(rotation, about) < 0.2  # of a tilt of 5 degrees, second order
+    np.testing.assert_allclose(moved, [0, 0, 0.9 if expected else 0])
+
+
+def test_registration_may_turn_a_cyclic_structure_over() -> None:
+    over = Rotation.from_rotvec([np.pi * np.cos(0.3), np.pi * np.sin(0.3), 0]).as_matrix()
+    tilted = over @ Rotation.from_rotvec(np.deg2rad([3.0, 2.0, 0.0])).as_matrix()
+    rotation, _ = halves._keeping_axes(tilted, np.zeros(3), Options(symmetry="C7"))
+    np.testing.assert_allclose(rotation[:, 2], [0, 0, -1], atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1)
+    assert rotation_angle(rotation, over) < 0.2
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ RANKS = [
     {"symmetry_axes"},
     {"starting", "history"},
     {"faml"},
+    {"halves"},
     {"run_folder"},
-    {"pipeline", "evaluation", "halves"},
+    {"half_files"},
+    {"pipeline", "evaluation"},
     {"demo"},
     {"cli"},
 ]

@@ -1,0 +1,218 @@
+"""Half maps and their Fourier shell correlation as files: of a run, and of any two maps."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.errors import InputError
+from faml_gpu.fsc import FscCurves, fsc_with_mask, resolution_at
+from faml_gpu.halves import GOLD_STANDARD, HalfMaps
+from faml_gpu.io.mrc import read_mrc, write_mrc
+from faml_gpu.masks import soft_sphere
+from faml_gpu.plan import SOFT_EDGE
+from faml_gpu.report.fsc import fsc_lines, write_fsc
+from faml_gpu.run_folder import writing
+
+__all__ = ["Comparison", "compare_files", "half_line", "half_summary", "write_comparison", "write_halves"]
+
+Float32 = NDArray[np.float32]
+PathLike = str | os.PathLike[str]
+
+VOXEL_TOLERANCE = 0.01  # relative, between voxel sizes in headers
+
+
+def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, root: str = "postprocess") -> list[Path]:
+    """Write half maps, final map and FSC under RELION's names.
+
+    run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc are what RELION's postprocessing takes;
+    run_class001.mrc is the average of all particles, not filtered; ROOT.mrc the final map; ROOT.star, ROOT_fsc.json and
+    ROOT_fsc.png the curves.
+
+    Parameters
+    ----------
+    result : of `run_halves`
+    folder : exists
+    class_number : from 1, in the names
+    root : one for each class where there are several
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be written.
+    """
+    folder = Path(folder)
+    tail = f"class{class_number:03d}"
+    maps = {
+        f"run_half1_{tail}_unfil.mrc": result.maps[0],
+        f"run_half2_{tail}_unfil.mrc": result.maps[1],
+        f"run_{tail}.mrc": result.average,
+        f"{root}.mrc": result.final,
+    }
+    halves = list(maps)[:2]
+    summary = half_summary(result)
+    with writing(folder):
+        for name, volume in maps.items():
+            write_mrc(folder / name, volume, result.voxel_size)
+        curves = write_fsc(
+            folder,
+            result.curves,
+            result.voxel_size,
+            {
+                # Not where the curve falls: within the start's band it says nothing.
+                "rlnFinalResolution": result.resolution,
+                "rlnUnfilteredMapHalf1": halves[0],
+                "rlnUnfilteredMapHalf2": halves[1],
+            },
+            root=root,
+            facts=summary,
+            start=result.start_resolution,
+            verdict=None if result.beyond_start else "nothing beyond the start",
+        )
+    return [*(folder / name for name in maps), *curves]
+
+
+def half_summary(result: HalfMaps) -> dict[str, Any]:
+    """What halves found, JSON-ready: `resolution` at FSC 0.143 and `resolution_05`, Angstrom.
+
+    Both are the low-pass of the common start where the halves agree on nothing finer; the second also where the curve
+    falls below 0.5 before.
+    """
+    start = result.start_resolution
+    half = resolution_at(result.curves.corrected, 0.5, result.voxel_size, result.curves.box)
+    return {
+        "resolution": result.resolution,
+        "resolution_05": min(half, start) if result.beyond_start else start,
+        "start_resolution": start,
+        "beyond_start": result.beyond_start,
+        "particles": [int((result.half == number).sum()) for number in (1, 2)],
+        "iterations": [run.state.iteration for run in result.results],
+    }
+
+
+def half_line(result: HalfMaps) -> str:
+    """The same for people."""
+    summary = half_summary(result)
+    first, second = summary["particles"]
+    start = summary["start_resolution"]
+    if not result.beyond_start:
+        return f"halves of {first} and {second} particles agree on nothing beyond their common start, {start:.1f} Å"
+    bound = "" if (result.curves.corrected[1:] < GOLD_STANDARD).any() else "≤ "
+    half = summary["resolution_05"]
+    at_half = f"{half:.1f} Å at FSC = 0.5" if half < start else "FSC = 0.5 not beyond the start"
+    return (
+        f"halves of {first} and {second} particles: {bound}{result.resolution:.1f} Å at FSC = 0.143, {at_half}; "
+        f"the common start had {start:.1f} Å"
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """FSC of two files: the curves, the voxel size in Angstrom, and what `data_general` says of the input."""
+
+    curves: FscCurves
+    voxel_size: float
+    names: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """For printing."""
+        return fsc_lines(self.curves, self.voxel_size)
+
+
+def compare_files(
+    first: PathLike,
+    second: PathLike,
+    *,
+    mask: PathLike | None = None,
+    radius: float | None = None,
+    voxel_size: float | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Fourier shell correlation of two map files that lie on each other.
+
+    Parameters
+    ----------
+    first, second : MRC files
+    mask : MRC file, 0 .. 1
+    radius : Angstrom, of a soft sphere about the box centre, instead of a mask
+    voxel_size : Angstrom, where the files do not say it
+    seed : of the random phases that measure what the mask adds
+
+    Raises
+    ------
+    InputError
+        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask.
+    """
+    if mask is not None and radius is not None:
+        raise InputError("options mask and radius: found both, expected at most one")
+    one, voxel = _read(first, voxel_size)
+    two, other = _read(second, voxel_size)
+    _same(second, two, other, first, one, voxel)
+    window: Float32 | None = None
+    names = {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
+    if mask is not None:
+        window, size = _read(mask, voxel_size)
+        _same(mask, window, size, first, one, voxel)
+        if window.min() < 0 or window.max() > 1 or not window.any():
+            raise InputError(f"{mask}: found values {window.min():g} to {window.max():g}, expected a mask of 0 to 1")
+        names["rlnMaskName"] = os.fspath(mask)
+    elif radius is not None:
+        widest = len(one) / 2 - SOFT_EDGE
+        if not 0 < radius / voxel <= widest:
+            raise InputError(
+                f"option radius: found {radius:g} A, expected more than 0 and at most {widest * voxel:g} A"
+            )
+        window = soft_sphere(len(one), radius / voxel, SOFT_EDGE)
+    return Comparison(fsc_with_mask(one, two, window, seed=seed), voxel, names)
+
+
+def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
+    """Write postprocess.star, postprocess_fsc.json and postprocess_fsc.png; the folder is made.
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be made, or a file cannot be written.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
+    return written
+
+
+def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
+    """A cubic map and its voxel size."""
+    volume, voxel = read_mrc(path)
+    if len(set(volume.shape)) != 1:
+        size = " x ".join(map(str, volume.shape[::-1]))
+        raise InputError(f"{path}: {size} voxels, expected a cube")
+    if not np.isfinite(volume).all():
+        raise InputError(f"{path}: found NaN or Inf, expected numbers")
+    if stated is not None and not (np.isfinite(stated) and stated > 0):
+        raise InputError(f"option voxel-size: found {stated:g} A, expected more than 0")
+    if voxel is None:
+        voxel = stated
+    if voxel is None:
+        raise InputError(f"{path}: no voxel size in its header; give --voxel-size")
+    if stated is not None and not abs(voxel / stated - 1) <= VOXEL_TOLERANCE:
+        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {stated:g} A as --voxel-size says")
+    return volume, voxel
+
+
+def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, expected: Float32, size: float) -> None:
+    """Refuse maps on different grids."""
+    if volume.shape != expected.shape:
+        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {len(expected)} as in {other}")
+    if not abs(voxel / size - 1) <= VOXEL_TOLERANCE:
+        raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {size:g} A as in {other}")
