@@ -119,7 +119,9 @@ def classify(
         if not initial_lowpass > 0:
             raise InputError(f"option initial_lowpass: found {initial_lowpass!r}, expected more than 0 A")
         if reference is None and not use_poses and not chosen.halves:
-            raise InputError("option initial_lowpass: found no map to filter; give reference, use_poses or halves too")
+            raise InputError(
+                "option initial_lowpass: found no map to filter; give reference or use_poses too, or halves"
+            )
 
     data = _Input.open(
         particles,

@@ -141,6 +141,33 @@ def test_overwrite_removes_these_files_and_no_other(small_star: Path, tmp_path: 
     assert "halves" not in json.loads((out / "run.json").read_text())
 
 
+def test_files_of_halves_are_a_run_and_go_at_once(small_star: Path, tmp_path: Path) -> None:
+    """Not only when the new run has files of its own: it may be stopped before."""
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ["postprocess_class001_fsc.json", "run_half1_class001_unfil.mrc", "run_it001_half2_class001_checkpoint.npz"]
+    for name in names:
+        (out / name).write_text("")
+    with pytest.raises(InputError, match=r"found another run \(3 files\)"):
+        faml_gpu.average(small_star, out, **OPTIONS)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if name.startswith("iteration"):
+            raise StopError
+
+    with pytest.raises(StopError):
+        faml_gpu.average(small_star, out, overwrite=True, progress=stop, **OPTIONS)
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+
+
+def test_two_particles_are_two_halves(tmp_path: Path) -> None:
+    boxes = np.random.default_rng(0).standard_normal((2, BOX, BOX, BOX))
+    source = ArrayParticles(boxes, VOXEL, missing_wedge(BOX, (-60.0, 60.0)))
+    result = faml_gpu.average(source, tmp_path / "out", halves=True, iterations=1, bandwidth=6, candidates=4)
+    assert sorted(result.half) == [1, 2]
+    assert not result.halves[0].beyond_start
+
+
 # --- stopping and going on -----------------------------------------------------------------------------------
 
 
