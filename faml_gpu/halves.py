@@ -297,7 +297,7 @@ def run_halves(
     seen = [support.scatter(weights / mass[:, None])[0] for _, weights, mass in sums]
     window = plan.mask if mask is None else mask
     curves = fsc_with_mask(maps[0], maps[1], window, observed=observed_voxels(seen[0], seen[1]), seed=options.seed)
-    beyond = _beyond(curves, int(box * voxel / initial_lowpass), window)
+    beyond = _beyond(curves, int(box * voxel / initial_lowpass), window, symmetry.order(options.symmetry))
     resolution = resolution_at(curves.corrected, GOLD_STANDARD, voxel, box) if beyond else initial_lowpass
     members = [np.flatnonzero(half == number) for number in (1, 2)]
     posterior = scattered(list(zip(members, (runs[0].posterior, moved), strict=True)))
@@ -461,8 +461,11 @@ def _keeping_axes(rotation: Float64, shift: Float64, options: Options) -> tuple[
     return euler_to_matrix([angle, 0.0, 0.0]) @ over, shift * [0, 0, 1]
 
 
-def _beyond(curves: FscCurves, shell: int, mask: Float32) -> bool:
-    """Whether the halves agree from two shells beyond the start's last one up to the crossing of 0.143."""
+def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
+    """Whether the halves agree from two shells beyond the start's last one up to the crossing of 0.143.
+
+    `copies` : of each independent number, that a symmetry makes
+    """
     below = np.flatnonzero(curves.corrected[1:] < GOLD_STANDARD) + 1
     end = int(below[0]) if len(below) else len(curves.corrected)
     looked = slice(shell + LEAK + 1, end)
@@ -470,7 +473,7 @@ def _beyond(curves: FscCurves, shell: int, mask: Float32) -> bool:
     square = np.asarray(mask, np.float64) ** 2
     inside = square.sum() ** 2 / (square**2).sum() / mask.size
     radius = np.arange(len(curves.corrected)) + 0.5
-    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * inside * curves.observed
+    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * inside * curves.observed / copies
     total = numbers[looked].sum()
     return bool(total > 0 and (curves.corrected * numbers)[looked].sum() > SURE * np.sqrt(total))
 
