@@ -242,3 +242,10 @@ class Result:
 
 
 Progress = Callable[[str, int, int], None]  # (step name, done, total)
+
+
+def progress_of(part: str, progress: Progress | None) -> Progress | None:
+    """Progress within a part of a run: the part's name before each step's."""
+    if progress is None:
+        return None
+    return lambda name, done, total: progress(f"{part}, {name}", done, total)

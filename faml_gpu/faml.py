@@ -19,6 +19,7 @@ from faml_gpu.data import (
     Result,
     State,
     best_poses,
+    progress_of,
 )
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
@@ -122,21 +123,16 @@ def likeliest_start(plan: Plan, particles: ParticleSource, progress: Progress | 
     best, likelihoods = None, []
     for trial in range(plan.options.starts):
         of_trial = replace(plan, trial=trial)
+        told = progress_of(f"start {trial + 1}/{plan.options.starts}", progress)
         checkpoint = begin(of_trial, particles, None, False)
         for _ in range(max(1, plan.explored)):
-            checkpoint = iterate(of_trial, particles, checkpoint, _named(progress, trial + 1, plan.options.starts))
+            checkpoint = iterate(of_trial, particles, checkpoint, told)
         likelihoods.append(checkpoint.history[-1].log_likelihood)
         if best is None or likelihoods[-1] > best.history[-1].log_likelihood:
             best = checkpoint
     assert best is not None
     best.history[-1] = replace(best.history[-1], starts=likelihoods)
     return best
-
-
-def _named(progress: Progress | None, trial: int, trials: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda name, done, total: progress(f"start {trial}/{trials}, {name}", done, total)
 
 
 def iterate(

@@ -26,6 +26,7 @@ from faml_gpu.data import (
     Progress,
     Result,
     best_poses,
+    progress_of,
 )
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
@@ -41,9 +42,11 @@ from faml_gpu.fsc import (
 )
 from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.io.star import StarTable
+from faml_gpu.masks import independent_share
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan, resolve
-from faml_gpu.posteriors import gathered, scattered
+from faml_gpu.posteriors import gathered, in_frame, scattered
+from faml_gpu.resolution import LEAK
 from faml_gpu.starting import average_sums, start
 
 __all__ = [
@@ -64,7 +67,6 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 GOLD_STANDARD = 0.143
-LEAK = 1  # shells beyond the start's band into which the particle's mask spreads it
 TELLING = 2  # times the coarsest band that tells orientations apart: the low-pass of a common start
 SURE = 3.0  # standard errors by which shells beyond the start must agree
 
@@ -275,7 +277,7 @@ def run_halves(
                 initial_lowpass=initial_lowpass,
                 checkpoint=checkpoint,
                 on_iteration=None if on_iteration is None else _numbered(on_iteration, number),
-                progress=_named(progress, f"half {number}"),
+                progress=progress_of(f"half {number}", progress),
             )
         )
     radius = plan.mask_radius * voxel
@@ -283,7 +285,7 @@ def run_halves(
         runs[1].maps[0], runs[0].maps[0], voxel_size=voxel, mask_radius=radius, resolution=initial_lowpass
     )
     rotation, shift = _keeping_axes(rotation, shift, options)
-    moved = _in_frame(runs[1].posterior, rotation, shift)
+    moved = in_frame(runs[1].posterior, rotation, shift)
     with cpu_threads(options.threads), use_device(device):
         sums = [
             average_sums(plan, Subset(particles, np.flatnonzero(half == number)), posterior, progress, run.state)
@@ -381,7 +383,7 @@ def refine_halves(
             half=half[members],
             checkpoints=(None, None) if checkpoint is None else (checkpoint(k, 1), checkpoint(k, 2)),
             on_iteration=numbered,
-            progress=progress if len(maps) == 1 else _named(progress, f"class {k + 1}"),
+            progress=progress if len(maps) == 1 else progress_of(f"class {k + 1}", progress),
         )
         halves.append(found)
         # Which class a particle belongs to stays what the run of all particles says.
@@ -434,21 +436,6 @@ def _numbered(call: Callable[[int, Checkpoint], None], number: int) -> Callable[
     return lambda checkpoint: call(number, checkpoint)
 
 
-def _named(progress: Progress | None, part: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda name, done, total: progress(f"{part}, {name}", done, total)
-
-
-def _in_frame(posterior: Posterior, rotation: Float64, shift: Float64) -> Posterior:
-    """Poses with respect to the reference of which the average they belong to is a copy in the pose (R, t)."""
-    return replace(
-        posterior,
-        rotations=np.ascontiguousarray(posterior.rotations @ rotation),
-        shifts=posterior.shifts + posterior.rotations @ shift,
-    )
-
-
 def _keeping_axes(rotation: Float64, shift: Float64, options: Options) -> tuple[Float64, Float64]:
     """Of the pose of one average to another, what leaves the axes of a symmetry imposed on both where they are."""
     if options.helix is None and symmetry.order(options.symmetry) == 1:
@@ -469,11 +456,8 @@ def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
     below = np.flatnonzero(curves.corrected[1:] < GOLD_STANDARD) + 1
     end = int(below[0]) if len(below) else len(curves.corrected)
     looked = slice(shell + LEAK + 1, end)
-    # Multiplying by a mask leaves as many independent numbers as it has voxels.
-    square = np.asarray(mask, np.float64) ** 2
-    inside = square.sum() ** 2 / (square**2).sum() / mask.size
     radius = np.arange(len(curves.corrected)) + 0.5
-    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * inside * curves.observed / copies
+    numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * independent_share(mask) * curves.observed / copies
     total = numbers[looked].sum()
     return bool(total > 0 and (curves.corrected * numbers)[looked].sum() > SURE * np.sqrt(total))
 

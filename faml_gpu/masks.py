@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from faml_gpu.errors import InputError
 
-__all__ = ["normalise", "soft_sphere"]
+__all__ = ["independent_share", "normalise", "soft_sphere"]
 
 
 def soft_sphere(box: int, radius: float, edge: float) -> NDArray[np.float32]:
@@ -43,6 +43,12 @@ def soft_sphere(box: int, radius: float, edge: float) -> NDArray[np.float32]:
     else:
         profile = 0.5 + 0.5 * np.cos(np.pi * np.clip((r - radius) / edge, 0.0, 1.0))
     return np.asarray(profile, dtype=np.float32)
+
+
+def independent_share(mask: NDArray[np.float32]) -> float:
+    """Share of the Fourier voxels of a masked map that are independent: it has as many numbers as the mask voxels."""
+    square = np.asarray(mask, np.float64) ** 2
+    return float(square.sum() ** 2 / (square**2).sum() / mask.size)
 
 
 def normalise(boxes: Any, mask: Any) -> Any:

@@ -397,10 +397,8 @@ class Band:
             return None, None
         shell = to_host(self.output.shell)
         agreement = resolution.half_agreement(total.by_part(), shell)
-        # Multiplying by a mask leaves as many independent numbers as it has voxels.
-        square = self.plan.mask.astype(np.float64) ** 2
-        inside = square.sum() ** 2 / (square**2).sum() / square.size
-        numbers = 2 * inside * np.bincount(shell) * len(total.mass)
+        voxels = np.bincount(shell).astype(np.float64)
+        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * len(total.mass)
         shown = self.r_max if self.state.r_max is None else self.state.r_max
         least, most = self.plan.r_start, self.plan.r_final
         return agreement, resolution.next_r_max(agreement, numbers, self.r_max, shown, least, most)

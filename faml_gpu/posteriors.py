@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["gathered", "join", "likeliest", "one_hot", "scattered", "select"]
+__all__ = ["gathered", "in_frame", "join", "likeliest", "one_hot", "scattered", "select"]
 
 Int64 = NDArray[np.int64]
 
@@ -84,6 +85,18 @@ def select(posterior: Posterior, first: int, last: int) -> Posterior:
         log_likelihood=posterior.log_likelihood[first:last],
         n_significant=posterior.n_significant[first:last],
         class_probability=posterior.class_probability[first:last],
+    )
+
+
+def in_frame(
+    posterior: Posterior, rotation: NDArray[np.float64], shift: NDArray[np.float64], k: int | None = None
+) -> Posterior:
+    """Poses, of class k or of all, with respect to the map of which the average they belong to is a copy in (R, t)."""
+    moved = np.full(len(posterior.particle), True) if k is None else posterior.class_index == k
+    return replace(
+        posterior,
+        rotations=np.where(moved[:, None, None], posterior.rotations @ rotation, posterior.rotations),
+        shifts=np.where(moved[:, None], posterior.shifts + posterior.rotations @ shift, posterior.shifts),
     )
 
 

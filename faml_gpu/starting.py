@@ -13,8 +13,8 @@ from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, P
 from faml_gpu.geometry import random_rotations
 from faml_gpu.noise import noise_groups
 from faml_gpu.plan import Band, Clock, Plan
-from faml_gpu.posteriors import one_hot, select
-from faml_gpu.symmetry_axes import find_axes, in_frame, moved_onto_axes
+from faml_gpu.posteriors import in_frame, one_hot, select
+from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
 __all__ = ["average_sums", "final_averages", "onto_axes", "start"]
 
@@ -134,5 +134,5 @@ def onto_axes(plan: Plan, band: Band, state: State, posterior: Posterior) -> tup
             continue
         axes = find_axes(volume, plan.mask, band.r_max, plan.bandwidth(band.r_max), group)
         maps[k] = plan.to_maps(moved_onto_axes(volume, axes, group, support)[None], support)[0]
-        posterior = in_frame(posterior, axes, k)
+        posterior = in_frame(posterior, axes.rotation, axes.shift, k)
     return replace(state, maps=maps), posterior

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +10,13 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from faml_gpu import fourier, ops
-from faml_gpu.data import Posterior
 from faml_gpu.fast_alignment import make_reference
 from faml_gpu.fast_alignment.harmonics import shell_harmonics
-from faml_gpu.fast_alignment.joint import cell_rotations
+from faml_gpu.fast_alignment.joint import all_cells, cell_rotations, cell_width
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fourier import Support
 
-__all__ = ["Axes", "find_axes", "in_frame", "moved_onto_axes"]
+__all__ = ["Axes", "find_axes", "moved_onto_axes"]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -76,12 +75,10 @@ def find_axes(volume: Float32, mask: Float32, r_max: int, bandwidth: int, group:
         values = interpolate(table, np.zeros(len(turns), np.int64), turns)
         return np.asarray(values.reshape(len(frames), -1).mean(axis=1))
 
-    side = 2**LEVEL
-    pixel, turn = np.repeat(np.arange(12 * side**2), 6 * side), np.tile(np.arange(6 * side), 12 * side**2)
-    frames = cell_rotations(np.full(len(pixel), LEVEL), pixel, turn)
+    frames = cell_rotations(*all_cells(LEVEL))
     scores = np.concatenate([agreement(part) for part in np.array_split(frames, 1 + len(frames) * len(group) // 10**5)])
     best, rotation = -np.inf, np.eye(3)
-    simplex = np.deg2rad(60 / side) * np.vstack([np.zeros(3), np.eye(3)])
+    simplex = np.deg2rad(cell_width(LEVEL)) * np.vstack([np.zeros(3), np.eye(3)])
     for near in frames[np.argsort(-scores, kind="stable")[:REFINED]]:
 
         def disagreement(v: Float64, near: Float64 = near) -> float:
@@ -129,13 +126,3 @@ def moved_onto_axes(volume: Float32, axes: Axes, group: Float64, support: Suppor
     for element in group:
         total += ops.rotate(grid, (element @ axes.rotation.T)[None], support.coords, PADDING)[0]
     return (total / len(group)).astype(np.complex64)
-
-
-def in_frame(posterior: Posterior, axes: Axes, k: int) -> Posterior:
-    """Poses of class k with respect to the map that was moved: (R, t) becomes (R Q, t + R c)."""
-    of_class = (posterior.class_index == k)[:, None]
-    return replace(
-        posterior,
-        rotations=np.where(of_class[..., None], posterior.rotations @ axes.rotation, posterior.rotations),
-        shifts=np.where(of_class, posterior.shifts + posterior.rotations @ axes.shift, posterior.shifts),
-    )

@@ -36,8 +36,10 @@ from faml_gpu.symmetry import point_group, unit_share
 
 __all__ = [
     "JointReference",
+    "all_cells",
     "cell_children",
     "cell_rotations",
+    "cell_width",
     "forget_tables",
     "integrate",
     "log_marginal",
@@ -330,6 +332,13 @@ def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:
     return xp.stack(flat, axis=-1).reshape(*pixel.shape, 3, 3)
 
 
+def all_cells(level: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Level, pixel and turn of every cell of a level, (72 * 8^level,) each."""
+    side = 2**level
+    pixel, turn = np.repeat(np.arange(12 * side**2), 6 * side), np.tile(np.arange(6 * side), 12 * side**2)
+    return np.full(len(pixel), level), pixel, turn
+
+
 def cell_children(level: Array, pixel: Array, turn: Array) -> tuple[Array, Array, Array]:
     """The eight cells (..., 8) of the next level that make up a cell."""
     xp = namespace(pixel)
@@ -343,11 +352,10 @@ def _first_cells(bandwidth: int, level: int, symmetry: str, device: str) -> tupl
 
     For the Euler grid's values in their centres 8 places and weights (cells, 8).
     """
-    n, side = 2 * bandwidth, 2**level
-    pixel = np.repeat(np.arange(12 * side * side), 6 * side)
-    turn = np.tile(np.arange(6 * side), 12 * side * side)
-    r = cell_rotations(np.full(len(pixel), level), pixel, turn)
-    group, width = point_group(symmetry), _cell_width(level)
+    n = 2 * bandwidth
+    levels, pixel, turn = all_cells(level)
+    r = cell_rotations(levels, pixel, turn)
+    group, width = point_group(symmetry), cell_width(level)
     inside, _ = unit_share(r, group, 2 * width)
     pixel, turn, r = pixel[inside], turn[inside], r[inside]
     share = _log_share(r, group, width)
@@ -525,7 +533,7 @@ def integrate(
         coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
         n_first = min(SELECTED, coarse_mass.shape[1])
         fine = support.box / (FINE_STEP * support.r_max)
-        group, slack = xp.asarray(point_group(symmetry)), _cell_width(level)
+        group, slack = xp.asarray(point_group(symmetry)), cell_width(level)
         squared = observation.weights**2 * precision
         scorer = _Scorer(observation, reference, squared, radius, zeta, fine, n_shifts, group, slack)
         chosen = xp.argpartition(-coarse_mass, n_first - 1, axis=1)[:, :n_first]
@@ -577,7 +585,7 @@ def _log_share(rotations: Array, group: Array, slack: float) -> Array:
     return xp.log(xp.maximum(unit_share(rotations, group, slack)[1], OUTSIDE))
 
 
-def _cell_width(level: int) -> float:
+def cell_width(level: int) -> float:
     """Of cells of a level, degrees."""
     return float(60 * 0.5**level)
 

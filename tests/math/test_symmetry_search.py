@@ -11,9 +11,9 @@ from faml_gpu.data import Posterior
 from faml_gpu.fast_alignment import Observation, align, joint, make_reference, shift_window
 from faml_gpu.geometry import random_rotations, rotation_angle
 from faml_gpu.masks import soft_sphere
-from faml_gpu.posteriors import one_hot
+from faml_gpu.posteriors import in_frame, one_hot
 from faml_gpu.symmetry import point_group, unit_share
-from faml_gpu.symmetry_axes import find_axes, in_frame, moved_onto_axes
+from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
 BOX, R_MAX, L = 20, 5, 12
 ZETA, MAX_SHIFT = 1.0, 2.0
@@ -170,7 +170,7 @@ def test_poses_go_along_with_the_map(oracles):
     rng = np.random.default_rng(4)
     rotations, shifts = random_rotations(2, rng), rng.uniform(-1, 1, (2, 3))
     before: Posterior = one_hot(np.array([0, 1]), rotations, shifts, 2, known=True)
-    after = in_frame(before, case.found, 0)
+    after = in_frame(before, case.found.rotation, case.found.shift, 0)
     np.testing.assert_array_equal(after.rotations[1], rotations[1])
     np.testing.assert_array_equal(after.shifts[1], shifts[1])
     volume = fourier.inverse_transform(case.support.scatter(moved[None]), 24)[0].astype(float)
