@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +33,29 @@ def small_simulation() -> Simulation:
 def small_star(tmp_path: Path, small_simulation: Simulation) -> Path:
     """The same as files: a STAR file beside a folder of boxes (no weights: needs a tilt range)."""
     return write_simulation(tmp_path / "data", small_simulation)
+
+
+@pytest.fixture
+def disk_full(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], AbstractContextManager[object]]:
+    """Within `with disk_full(folder, n)`, all files of a folder after the first n find no room."""
+
+    @contextmanager
+    def limited(folder: Path, writes: int) -> Iterator[None]:
+        left, real = writes, os.replace
+
+        def replace(source: Any, target: Any) -> None:
+            nonlocal left
+            if Path(target).parent == folder:
+                if left == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                left -= 1
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            yield
+
+    return limited
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -219,23 +217,12 @@ def test_resumed_equals_unbroken(
 
 @pytest.mark.parametrize("writes", [19, 20, 21, 23, 32, 50, 56, 58, 62, 66])
 def test_killed_at_any_file(
-    writes: int, small_star: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    writes: int, small_star: Path, tmp_path: Path, whole: dict[str, bytes], disk_full: Any
 ) -> None:
     """The disk is full after some files: whatever is there is whole, and the run goes on once there is room."""
-    out, left, real = tmp_path / "out", writes, os.replace
-
-    def limited(source: Any, target: Any) -> None:
-        nonlocal left
-        if Path(target).parent == out:
-            if left == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= 1
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", limited)
-        with pytest.raises(faml_gpu.OutputError, match="disk is full"):
-            faml_gpu.classify(small_star, 2, out, **OPTIONS)
+    out = tmp_path / "out"
+    with disk_full(out, writes), pytest.raises(faml_gpu.OutputError, match="disk is full"):
+        faml_gpu.classify(small_star, 2, out, **OPTIONS)
     for path in out.glob("*.mrc"):
         assert path.read_bytes() == whole[path.name]
     for path in out.glob("*_checkpoint.json"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -176,24 +174,17 @@ def test_interrupted(
 
 @pytest.mark.parametrize("writes", [0, 1, 5, 6, 7, 8, 13, 20])
 def test_disk_full(
-    writes: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    writes: int,
+    small_star: Path,
+    tmp_path: Path,
+    unbroken: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    disk_full: Any,
 ) -> None:
     """The disk is full after some files; whatever is there is whole, and the run goes on once there is room."""
     out = tmp_path / "out"
     arguments = ["classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS]
-    left = writes
-    real = os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        nonlocal left
-        if Path(target).parent == out:
-            if left == 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= 1
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
+    with disk_full(out, writes), monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["faml-gpu", *arguments])
         result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
