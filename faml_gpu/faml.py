@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import maximization, symmetry, voronoi
-from faml_gpu.array_backend import Array, cpu_threads, to_device, to_host, use_device
+from faml_gpu import maximization, voronoi
+from faml_gpu.array_backend import Array, cpu_threads, use_device
 from faml_gpu.data import (
     Batch,
     Checkpoint,
@@ -200,12 +200,9 @@ def maximize(
     if update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
     elif update == "wiener":
-        shell = to_host(band.output.shell)
-        g = symmetry.order(band.symmetry)  # each particle shows the structure in g poses
-        averages, power = maximization.wiener_average(
-            g * total.sums, g * total.weights, g * total.mass, old.sigma2, shell
-        )
-        unseen = to_host(band.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real)
+        averages = maximization.direct_average(total.sums, total.weights, total.mass)
+        factor, unseen = band.wiener(averages, total)
+        averages *= factor
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
     maps = plan.helical(plan.to_maps(averages, band.output))

@@ -23,7 +23,7 @@ __all__ = [
     "noise_sums",
     "rotate_back",
     "update_average",
-    "wiener_average",
+    "wiener_factor",
 ]
 
 # A voxel seen by less than this share of a class's particles is left 0. What leaks there through masks and
@@ -235,18 +235,20 @@ def direct_average(
     return np.where(weights >= floor, sums / np.maximum(weights, floor), 0)
 
 
-def wiener_average(
-    sums: NDArray[np.complex128],
+def wiener_factor(
+    averages: NDArray[np.complex128] | NDArray[np.complex64],
     weights: NDArray[np.float64],
     mass: NDArray[np.float64],
-    sigma2: NDArray[np.float64],
+    noise: NDArray[np.float64],
     shell: NDArray[np.int64],
-) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
-    """Averages held down where they are mostly noise, A = C sums / weights with C = W / (W + sigma^2 / tau^2).
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """C = W / (W + noise / tau^2), which holds averages down where they are mostly noise.
 
-    tau^2 is the power of the signal in a Fourier shell: that of sums / weights less the noise's, sigma^2 / weights
-    (Scheres 2012 takes it from the FSC of half sets). W are the weights of a class of average size: were they those of
-    each class, the larger ones would explain more of any particle, and take all of them.
+    tau^2 is the power of the signal in a Fourier shell: that of the averages less the noise's, noise / weights (Scheres
+    2012, J. Mol. Biol. 415, 406, takes it from the FSC of half sets). Averages and noise are those within the mask: a
+    particle that fills a tenth of the box is alone there with a tenth of the noise, and taken for noise if it has to
+    stand out from all of it. W are the weights of a class of average size: were they those of each class, the larger
+    ones would explain more of any particle, and take all of them.
 
     A voxel that is poorly determined (C < 1) explains less of a particle. So a particle scores best where it lies as
     those before it did, whichever way it points, and the missing wedge of the first average stays missing for good.
@@ -255,27 +257,28 @@ def wiener_average(
 
     Parameters
     ----------
-    sums, weights : (K, M); mass : (K,)
-    sigma2 : (S,)
-        Noise variance per Fourier shell.
+    averages, weights : (K, M); mass : (K,)
+        Averages within the mask, see `direct_average`.
+    noise : (S,)
+        Noise variance per Fourier shell of a particle within the mask.
     shell : (M,)
         Shell of each voxel, below S.
 
     Returns
     -------
-    averages : (K, M) complex128
+    factor : (M,) float64
+        C, of all classes.
     unseen : (M,) float64
         tau^2 (1 - C).
     """
-    averages = direct_average(sums, weights, mass)
-    noise, tiny = sigma2[shell], np.finfo(np.float64).tiny
+    variance, tiny = noise[shell], np.finfo(np.float64).tiny
     seen = np.where(weights >= COVERAGE_FLOOR * mass[:, None], weights, 0)
-    excess = np.where(seen > 0, seen * np.abs(averages) ** 2 - noise, 0)
+    excess = np.where(seen > 0, seen * np.abs(averages) ** 2 - variance, 0)
     tau2 = np.bincount(shell, excess.sum(axis=0)) / np.maximum(np.bincount(shell, seen.sum(axis=0)), tiny)
     signal = np.maximum(tau2, 0)[shell]
     each = weights.mean(axis=0) * signal
-    determined = each / np.maximum(each + noise, tiny)
-    return averages * determined, signal * (1 - determined)
+    determined = each / np.maximum(each + variance, tiny)
+    return determined, signal * (1 - determined)
 
 
 def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -510,6 +510,22 @@ class Band:
         sums, weights = self.plan.symmetrise(total.sums, total.weights, self.output, self.symmetry)
         return replace(total, sums=sums, weights=weights)
 
+    def wiener(
+        self, averages: NDArray[np.complex128], total: maximization.Accumulators
+    ) -> tuple[NDArray[np.float64], Float32]:
+        """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (half cube)."""
+        plan, copies = self.plan, symmetry.order(self.symmetry)  # each particle shows the structure in so many poses
+        masked = to_device(plan.to_maps(averages, self.output) * plan.mask, plan.device)
+        factor, power = maximization.wiener_factor(
+            to_host(self.output.gather(fourier.transform(masked))),
+            copies * total.weights,
+            copies * total.mass,
+            self.state.sigma2 * np.mean(plan.mask**2),
+            to_host(self.output.shell),
+        )
+        unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real
+        return factor, to_host(unseen)
+
     def accumulate(
         self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array, first: int = 0
     ) -> maximization.Accumulators:
