@@ -114,7 +114,8 @@ class State:
         of the complex coefficient of the unscaled DFT, over all particles
     zeta : standard deviation of the shifts, voxels
     unseen : (N, N, N//2 + 1) float32 or None, the power the averages are expected to have at a Fourier voxel beside
-        what the particles have told, see `maximization.wiener_average`
+        what the particles have told, see `maximization.wiener_factor`
+    exploring : orientations are still being looked for, see `Plan.explores`
     r_max : Fourier shells the data back, where they decide how far the band may reach, see `resolution`
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
         where all share one curve
@@ -132,6 +133,7 @@ class State:
     noise_groups: NDArray[np.str_] | None = None
     scale: Float64 | None = None
     r_max: int | None = None
+    exploring: bool = False
 
     @property
     def group_sigma2(self) -> Float64:

@@ -196,10 +196,10 @@ def maximize(
     plan: Plan, band: Band, old: State, total: maximization.Accumulators, old_averages: NDArray[np.complex64]
 ) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
-    choices, update, unseen = plan.options.choices, plan.update(old.iteration + 1), None
-    if update == "ratio":
+    choices, unseen = plan.options.choices, None
+    if plan.update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
-    elif update == "wiener":
+    elif plan.update == "wiener":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
         factor, unseen = band.wiener(averages, total)
         averages *= factor
@@ -227,4 +227,5 @@ def maximize(
         unseen=unseen,
         relative_noise=relative,
         noise_groups=old.noise_groups,
+        exploring=plan.explores(old.iteration + 1, maximization.covered(total.weights, total.mass)[total.mass > 0]),
     )

@@ -17,6 +17,7 @@ Float32 = NDArray[np.float32]
 
 CONVERGED_CHANGES = 0.01  # share of particles that change class
 CONVERGED_CORRELATION = 0.999  # of each average with its predecessor
+CONVERGED_LIKELIHOOD = 0.1  # nats per particle, gained at most
 
 
 def record(
@@ -36,11 +37,13 @@ def record(
     pose_change = float(np.median(_pose_change(before.posterior, now, point_group(band.symmetry))))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.
-    # The last change was not one of the band: this iteration and the one before both had all of it.
+    # The last change was not one of the band: this iteration and the one before both had all of it. Poses and averages
+    # may stand nearly still while a weak feature grows, so the likelihood is asked as well.
     settled = (
         bool(before.history)
         and before.history[-1].r_max == band.r_max
         and plan.settled(new, band.r_max)
+        and likelihood - before.history[-1].log_likelihood < CONVERGED_LIKELIHOOD * total.n
         and changed < CONVERGED_CHANGES
         and pose_change < 0.25 * 180 / bandwidth
         and min(correlation) >= CONVERGED_CORRELATION
@@ -87,5 +90,7 @@ def converged(history: list[IterationRecord]) -> bool:
 
 def _correlation(a: Float32, b: Float32, mask: Float32) -> float:
     x, y = (a * mask).ravel().astype(np.float64), (b * mask).ravel().astype(np.float64)
+    if not x.any() and not y.any():
+        return 1.0  # nothing stands out from the noise, as before
     x, y = x - x.mean(), y - y.mean()
     return float(x @ y / max(np.sqrt((x @ x) * (y @ y)), np.finfo(np.float64).tiny))

@@ -41,7 +41,8 @@ Done = TypeVar("Done")
 BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
-EXPLORED = 0.25  # of the iterations, see `Plan.update`
+EXPLORED = 0.25  # of the iterations, see `Plan.explores`
+FILLED = 0.99  # of Fourier space
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
@@ -128,17 +129,22 @@ class Plan:
         """Iterations of a random start at the lowest resolution, in which it finds its structure."""
         return int(EXPLORED * self.options.iterations)
 
-    def update(self, iteration: int) -> Literal["ratio", "wiener", "printed"]:
-        """How the averages are made at the end of an iteration.
-
-        To `explore`, no orientation is favoured at first for being seen. Later the averages have to hold what is still
-        mostly noise: the seven-fold axis of a GroEL that the Wiener factor takes for noise never shows. A start from a
-        map or from poses knows its orientations: nothing to explore.
-        """
+    @property
+    def update(self) -> Literal["ratio", "wiener", "printed"]:
+        """How the averages are made."""
         chosen = self.options.choices.update
-        if chosen == "explore":
-            return "wiener" if self.initial_lowpass is None and iteration <= self.explored else "ratio"
-        return chosen
+        return "wiener" if chosen == "explore" else chosen
+
+    def explores(self, iteration: int, coverage: NDArray[np.float64]) -> bool:
+        """Whether the next iteration still looks for orientations, after one that left the classes so much covered.
+
+        At first, and until Fourier space is full or the band is whole: an average that is sure of what it has seen
+        keeps particles where they lie, and its wedge for good. A start from a map or from poses knows its orientations.
+        """
+        if self.options.choices.update != "explore" or self.initial_lowpass is not None:
+            return False
+        filled = coverage.size > 0 and coverage.min() >= FILLED
+        return iteration < self.explored or (not filled and iteration < self._last_growing)
 
     def bandwidth(self, r_max: int) -> int:
         """L: given, 36 (`paper`), or enough for the band and the mask, at most 36."""
@@ -513,14 +519,20 @@ class Band:
     def wiener(
         self, averages: NDArray[np.complex128], total: maximization.Accumulators
     ) -> tuple[NDArray[np.float64], Float32]:
-        """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (half cube)."""
+        """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (half cube).
+
+        While it explores, a voxel counts as known if it stands out from the noise of the whole box.
+        """
         plan, copies = self.plan, symmetry.order(self.symmetry)  # each particle shows the structure in so many poses
-        masked = to_device(plan.to_maps(averages, self.output) * plan.mask, plan.device)
+        seen, share = averages, 1.0
+        if not self.state.exploring:
+            masked = to_device(plan.to_maps(averages, self.output) * plan.mask, plan.device)
+            seen, share = to_host(self.output.gather(fourier.transform(masked))), float(np.mean(plan.mask**2))
         factor, power = maximization.wiener_factor(
-            to_host(self.output.gather(fourier.transform(masked))),
+            seen,
             copies * total.weights,
             copies * total.mass,
-            self.state.sigma2 * np.mean(plan.mask**2),
+            share * self.state.sigma2,
             to_host(self.output.shell),
         )
         unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real

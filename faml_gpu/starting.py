@@ -53,6 +53,7 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         maps = plan.lowpass(maps)
     maps = plan.regularise(maps, np.bincount(classes, minlength=n_classes).astype(np.float64), 0)
     state = State(0, maps, np.full(n_classes, 1 / n_classes), curves[0], float(plan.box))
+    state.exploring = plan.explores(0, np.zeros(0))
     if len(groups) > 1:
         state.relative_noise, state.noise_groups = np.stack(curves) / curves[0], np.array(groups.names)
     return Checkpoint(state, posterior, [])

@@ -39,7 +39,7 @@ class UnseenGain:
 
     v is the unseen power. An average explains of a particle only what it has been shown. Were that all, each particle
     would score best where the others lie, and an average that starts with a missing wedge would keep it. The right
-    orientation is expected to gain as much from the unseen part as from the seen (`maximization.wiener_average`), so
+    orientation is expected to gain as much from the unseen part as from the seen (`maximization.wiener_factor`), so
     this is added wherever orientations are compared; to the reported likelihood it is not.
 
     table (W, 2L, 2L, 2L) on the SO(3) grid for W weights; index (B,): that of each particle.

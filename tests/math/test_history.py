@@ -1,12 +1,18 @@
 """The record of an iteration: how far poses moved."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 
+from faml_gpu import faml
 from faml_gpu.data import BestPoses, Posterior
 from faml_gpu.geometry import euler_to_matrix
-from faml_gpu.history import _pose_change
+from faml_gpu.history import _pose_change, record
+from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.options import Options
+from faml_gpu.plan import Plan
+from faml_gpu.starting import start
 from faml_gpu.symmetry import point_group
 
 
@@ -35,3 +41,19 @@ def test_pose_change_is_to_the_nearest_pose_before_in_the_same_class():
     turned = np.stack([tilted @ about_z(d) for d in (61, 117, 8)])
     now = BestPoses(np.array([0, 1, 1]), turned, np.zeros((3, 3)), np.ones(3))
     np.testing.assert_allclose(_pose_change(before, now, point_group("C6")), [1, 7, 2], atol=1e-6)
+
+
+def test_a_run_has_converged_when_its_likelihood_has_too(monkeypatch):
+    """All else standing still: averages, poses and classes as before."""
+    rng = np.random.default_rng(3)
+    particles = ArrayParticles(rng.standard_normal((4, 16, 16, 16)), 10.0)
+    plan = Plan.make(particles, Options(mask_radius=40.0, max_shift=20.0, band="full", resolution=50.0, candidates=4))
+    asked = []
+    monkeypatch.setattr(faml, "record", lambda *args: asked.append(args) or record(*args))
+    first = faml.iterate(plan, particles, start(plan, particles, None, None))
+    faml.iterate(plan, particles, first)
+    plan, band, before, new, _, total, _, clock = asked[-1]
+    still, least = replace(new, maps=before.state.maps), before.history[-1].log_likelihood
+    for gain, expected in ((-1.0, True), (0.09, True), (0.11, False)):
+        row = record(plan, band, before, still, before.posterior, total, least + gain * 4, clock)
+        assert row.converged == expected

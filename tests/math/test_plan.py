@@ -116,19 +116,32 @@ def test_kept_scores_are_bounded_and_right(rng, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ["wiener"] * 3 + ["ratio"] * 9),
-        ({"update": "wiener"}, ["wiener"] * 12),
-        ({"preset": "paper"}, ["printed"] * 12),
-        ({"preset": "paper", "update": "explore"}, ["wiener"] * 3 + ["ratio"] * 9),
-        ({"method": "fa"}, ["ratio"] * 12),
+        ({}, "wiener"),
+        ({"update": "ratio"}, "ratio"),
+        ({"preset": "paper"}, "printed"),
+        ({"preset": "paper", "update": "explore"}, "wiener"),
+        ({"method": "fa"}, "ratio"),
     ],
 )
-def test_update_explores_for_a_quarter_of_the_iterations(particles, options, expected):
-    plan = Plan.make(particles, Options(mask_radius=50, max_shift=20, iterations=12, **options))
-    assert [plan.update(i) for i in range(1, 13)] == expected
-    if options.get("update") != "wiener" and not options.get("method"):
-        known = replace(plan, initial_lowpass=60.0)  # from a map or from poses
-        assert [known.update(i) for i in range(1, 13)] == [{"wiener": "ratio"}.get(u, u) for u in expected]
+def test_update(particles, options, expected):
+    assert Plan.make(particles, Options(mask_radius=50, max_shift=20, **options)).update == expected
+
+
+def test_it_explores_until_fourier_space_is_full(particles):
+    """For a quarter of the iterations at least and until the band is whole at most, from nothing only."""
+    options = Options(mask_radius=50, max_shift=20, iterations=20)
+    plan = Plan.make(particles, options)
+
+    def explores(plan, coverage):
+        return [plan.explores(i, np.array(coverage)) for i in range(20)]
+
+    assert explores(plan, [1.0, 0.99]) == [True] * 5 + [False] * 15
+    assert explores(plan, [1.0, 0.98]) == [True] * 12 + [False] * 8
+    assert explores(plan, []) == [True] * 12 + [False] * 8
+    assert not any(explores(replace(plan, initial_lowpass=60.0), [0.5]))  # from a map or from poses
+    for update in ("wiener", "ratio"):
+        assert not any(explores(replace(plan, options=replace(options, update=update)), [0.5]))
+    assert replace(plan, options=replace(options, iterations=1)).explores(0, np.zeros(0))
 
 
 def test_fa_takes_the_magnitude_sampler():

@@ -140,7 +140,7 @@ def test_a_particle_stands_out_from_the_noise_within_its_mask(oracles, rng):
     box, n, sigma = 32, 20, 0.4
     structure = oracles.blob_volume(box, *oracles.blobs(rng, 8, 4.0, 1.0)).astype(np.float32)
     particles = ArrayParticles(rng.standard_normal((2, box, box, box)), 1.0)
-    plan = Plan.make(particles, Options(mask_radius=6.0))
+    plan = Plan.make(particles, Options(mask_radius=6.0, update="wiener"))
     state = replace(start(plan, particles, None, None).state, sigma2=np.full(plan.n_shells, sigma**2 * box**3))
     band = Band(plan, state, 12, 12)
     shell, weights = band.output.shell, np.full((1, len(band.output)), float(n))
@@ -150,6 +150,8 @@ def test_a_particle_stands_out_from_the_noise_within_its_mask(oracles, rng):
         spectrum = band.output.gather(fourier.transform(average[None])).astype(complex)
         total = replace(Accumulators.zero(1, len(shell), 12), weights=weights, mass=np.array([float(n)]))
         factor, unseen = band.wiener(spectrum, total)
+        careful, _ = Band(plan, replace(state, exploring=True), 12, 12).wiener(spectrum, total)
+        assert factor.mean() > 2 * careful.mean()  # asked to stand out from the noise of the whole box
         power = abs(band.output.gather(fourier.transform(structure * plan.mask))) ** 2
         tau2 = (np.bincount(shell, power) / np.maximum(np.bincount(shell), 1))[shell]
         inside = tau2 / (tau2 + np.mean(plan.mask**2) * state.sigma2[0] / n)
