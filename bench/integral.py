@@ -127,7 +127,7 @@ def case(snr: float, wedge: float, n: int, seed: int) -> list[dict[str, Any]]:
     batch = plan.to_device(particles.read(np.arange(2 * n)))
     spectra = plan.spectra(batch)
     observation = band.observe(batch, spectra)
-    references, _ = band.references()
+    references = band.references()
     ways = {
         "a": lambda: magnitude(band, observation, references, True),
         "b": lambda: magnitude(band, observation, references, False),

@@ -238,6 +238,15 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            help="Compare each particle with averages of the others: of so many folds of the particles all but its "
+            "own. 1: with averages it is part of.",
+            show_default="10, paper and fa 1",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     scale_correction: Annotated[
         bool,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from faml_gpu.data import (
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior, expectation, fitted_scale, log_normaliser
-from faml_gpu.fast_alignment import single_best
+from faml_gpu.fast_alignment import Reference, single_best
 from faml_gpu.history import converged, record
 from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
@@ -140,15 +141,20 @@ def iterate(
 ) -> Checkpoint:
     """One iteration of Algorithm 1: Theta and the averages in, new Theta and the posterior out."""
     state, clock = checkpoint.state, Clock(plan.device)
-    band, groups = plan.band(state), noise_groups(particles, plan.options, state)
-    if not band.joint:
+    whole, groups = plan.band(state), noise_groups(particles, plan.options, state)
+    parts, name = plan.parts(len(particles)), f"iteration {state.iteration + 1}"
+    if not whole.joint:
         rng = plan.rng(state.iteration + 1)
         points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
-    with clock("references"):
-        references, old = band.references()
-    kept: list[dict[str, Array]] = [{} for _ in references]
 
-    def e_step(batch: Batch, spectra: Array, first: int) -> tuple[BatchPosterior, maximization.Accumulators]:
+    def e_step(
+        band: Band,
+        references: list[Reference],
+        kept: list[dict[str, Array]],
+        batch: Batch,
+        spectra: Array,
+        first: int,
+    ) -> tuple[BatchPosterior, maximization.Accumulators]:
         batch, spectra = groups.weigh(batch, spectra, first, state)
         observation = band.observe(batch, spectra)
         if band.joint:
@@ -169,47 +175,46 @@ def iterate(
         if plan.options.scale_correction:
             posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
         with clock("rotate back"):
-            return posterior, band.accumulate(posterior, observation, batch, spectra, first)
+            return posterior, band.accumulate(posterior, observation, batch, spectra)
 
     posteriors: list[BatchPosterior] = []
-    total = maximization.Accumulators.zero(len(old), len(band.output), band.r_max, plan.device, len(groups), band.parts)
-    for posterior, sums in plan.over_batches(particles, e_step, clock, progress, f"iteration {state.iteration + 1}"):
-        total.merge(sums)
-        posteriors.append(posterior)
+    total = maximization.Accumulators.zero(
+        plan.options.n_classes, len(whole.output), whole.r_max, plan.device, len(groups), len(parts)
+    )
+    for part, members in enumerate(parts):
+        band = whole.holding_out(part)
+        with clock("references"):
+            references = band.references()
+        against = partial(e_step, band, references, [{} for _ in references])
+        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members):
+            total.merge(sums, part)
+            posteriors.append(posterior)
 
     with clock("maximization"):
-        total, merged = band.symmetrise(total.on_host()), join(posteriors)
-        agreement, r_max = band.evidence(total)
+        total, merged = whole.symmetrise(total.on_host()), join(posteriors)
+        agreement, r_max = whole.evidence(total)
+        new = replace(maximize(plan, whole, state, total), r_max=r_max)
         total = total.together()
-        new = replace(maximize(plan, band, state, total, old), r_max=r_max)
         if plan.options.scale_correction:
             new.scale = new_scale(state.scale, np.concatenate([p.scale for p in posteriors if p.scale is not None]))
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
-    row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
+    row = record(plan, whole, checkpoint, new, merged, total, likelihood, clock)
     row = replace(row, agreement=None if agreement is None else [round(float(a), 4) for a in agreement])
     if plan.finds_axes(new.iteration):
-        new, merged = onto_axes(plan, band, new, merged)
+        new, merged = onto_axes(plan, whole, new, merged)
     return Checkpoint(new, merged, [*checkpoint.history, row])
 
 
-def maximize(
-    plan: Plan, band: Band, old: State, total: maximization.Accumulators, old_averages: NDArray[np.complex64]
-) -> State:
+def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulators) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
-    choices, unseen = plan.options.choices, None
-    if plan.update == "ratio":
-        averages = maximization.direct_average(total.sums, total.weights, total.mass)
-    elif plan.update == "wiener":
-        averages = maximization.direct_average(total.sums, total.weights, total.mass)
-        factor, unseen = band.wiener(averages, total)
-        averages *= factor
-    else:
-        averages = maximization.update_average(total.sums, total.weights, total.mass, old_averages, band.inside)
-    maps = plan.helical(plan.to_maps(averages, band.output))
-    for k in np.nonzero(total.mass <= 0)[0]:
-        maps[k] = old.maps[k]  # an empty class keeps its average, to be won back
-    maps = plan.regularise(maps, total.mass, old.iteration + 1)
-    per_shell, relative = choices.noise == "shell", None
+    total, apart = by_part.together(), None
+    maps, unseen = new_averages(plan, band, total)
+    if plan.options.choices.folds > 1:
+        held_out = [new_averages(plan, band.holding_out(f), by_part.without(f)) for f in range(by_part.parts)]
+        apart = np.stack([averages for averages, _ in held_out])
+        if unseen is not None:
+            unseen = np.concatenate([power for _, power in held_out if power is not None])
+    per_shell, relative = plan.options.choices.noise == "shell", None
     sigma2 = maximization.new_sigma2(
         total.residual.sum(axis=0), total.observed.sum(axis=0), old.sigma2, per_shell=per_shell
     )
@@ -217,6 +222,7 @@ def maximize(
         relative = maximization.new_relative_noise(
             total.residual, total.observed, old.group_sigma2, sigma2, per_shell=per_shell
         )
+    covered = maximization.covered(total.weights, total.mass)
     return State(
         iteration=old.iteration + 1,
         maps=maps,
@@ -224,8 +230,26 @@ def maximize(
         alpha=np.maximum(total.mass, 0.5) / np.maximum(total.mass, 0.5).sum(),
         sigma2=sigma2,
         zeta=maximization.new_zeta(total.shift2, total.n),
+        apart=apart,
         unseen=unseen,
         relative_noise=relative,
         noise_groups=old.noise_groups,
-        exploring=plan.explores(old.iteration + 1, maximization.covered(total.weights, total.mass)[total.mass > 0]),
+        exploring=plan.explores(old.iteration + 1, covered[total.mass > 0]),
     )
+
+
+def new_averages(plan: Plan, band: Band, total: maximization.Accumulators) -> tuple[Float32, Float32 | None]:
+    """New A (K, N, N, N) (Eq. 10), and what is unseen of them (1, N, N, N//2 + 1) where that counts."""
+    unseen = None
+    if plan.update == "ratio":
+        averages = maximization.direct_average(total.sums, total.weights, total.mass)
+    elif plan.update == "wiener":
+        averages = maximization.direct_average(total.sums, total.weights, total.mass)
+        factor, unseen = band.wiener(averages, total)
+        averages *= factor
+    else:
+        averages = maximization.update_average(total.sums, total.weights, total.mass, band.averages(), band.inside)
+    maps = plan.helical(plan.to_maps(averages, band.output))
+    for k in np.nonzero(total.mass <= 0)[0]:
+        maps[k] = band.state.maps[k]  # an empty class keeps its average, to be won back
+    return plan.regularise(maps, total.mass, band.state.iteration + 1), unseen

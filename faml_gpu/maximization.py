@@ -37,9 +37,9 @@ SIGMA2_FLOOR = 1e-6  # of the mean over shells
 class Accumulators:
     """Additive sums an E-step over any part of the particles leaves; `merge` adds in a fixed order.
 
-    sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w; (2 K, M) where the sums of two
-    halves of the particles are kept apart;
-    mass (K,): sum of P; residual, observed (G, r_max + 1): see `noise_sums`, per noise curve and Fourier shell;
+    sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w; mass (K,): sum of P; K rows for
+    each of the `parts` of the particles whose sums are kept apart;
+    residual, observed (G, r_max + 1): see `noise_sums`, per noise curve and Fourier shell;
     shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
     `sums` and `weights` are on the device of the E-step, the rest is NumPy's.
     """
@@ -53,6 +53,7 @@ class Accumulators:
     log_evidence: float
     candidates: int
     n: int
+    parts: int = 1
 
     @classmethod
     def zero(
@@ -62,20 +63,22 @@ class Accumulators:
         return cls(
             to_device(np.zeros((parts * n_classes, n_voxels), np.complex128), device),
             to_device(np.zeros((parts * n_classes, n_voxels)), device),
-            np.zeros(n_classes),
+            np.zeros(parts * n_classes),
             np.zeros((n_curves, r_max + 1)),
             np.zeros((n_curves, r_max + 1)),
             0.0,
             0.0,
             0,
             0,
+            parts,
         )
 
-    def merge(self, other: Accumulators) -> None:
-        """Add the sums of another part."""
-        self.sums += other.sums
-        self.weights += other.weights
-        self.mass += other.mass
+    def merge(self, other: Accumulators, part: int = 0) -> None:
+        """Add the sums over other particles, all of one part."""
+        rows = slice(part * len(other.mass), (part + 1) * len(other.mass))
+        self.sums[rows] += other.sums
+        self.weights[rows] += other.weights
+        self.mass[rows] += other.mass
         self.residual += other.residual
         self.observed += other.observed
         self.shift2 += other.shift2
@@ -85,14 +88,24 @@ class Accumulators:
 
     def by_part(self) -> NDArray[np.complex128]:
         """`sums` (parts, K, M) of each part of the particles."""
-        return self.sums.reshape(-1, len(self.mass), self.sums.shape[1])  # type: ignore[no-any-return]
+        return self.sums.reshape(self.parts, -1, self.sums.shape[1])  # type: ignore[no-any-return]
 
     def together(self) -> Accumulators:
         """The sums over all particles."""
-        if len(self.sums) == len(self.mass):
+        if self.parts == 1:
             return self
-        shape = (-1, len(self.mass), self.sums.shape[1])
-        return replace(self, sums=self.sums.reshape(shape).sum(axis=0), weights=self.weights.reshape(shape).sum(axis=0))
+        added = {name: self._rows(name).sum(axis=0) for name in ("sums", "weights", "mass")}
+        return replace(self, parts=1, **added)
+
+    def without(self, part: int) -> Accumulators:
+        """Sums, weights and mass of all parts but one; the rest is that of all particles."""
+        others = [p for p in range(self.parts) if p != part]
+        added = {name: self._rows(name)[others].sum(axis=0) for name in ("sums", "weights", "mass")}
+        return replace(self, parts=1, **added)
+
+    def _rows(self, name: str) -> Array:
+        rows: Array = getattr(self, name)
+        return rows.reshape(self.parts, -1, *rows.shape[1:])
 
     def on_host(self) -> Accumulators:
         """The same with NumPy arrays only, for the M-step."""

@@ -26,7 +26,7 @@ class Preset:
         on the "grid" of c~
     regularization : default of the option
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
-    noise_groups : default of the option
+    noise_groups, folds : defaults of the options
     """
 
     magnitudes: Literal["centred", "plain"]
@@ -39,11 +39,12 @@ class Preset:
     regularization: float
     bandwidth: Literal["rule", "fixed"]
     noise_groups: Literal["auto", "none", "optics", "tomogram"]
+    folds: int
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto"),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none"),
+    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto", 10),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none", 1),
 }
 
 
@@ -65,6 +66,8 @@ class Options:
         or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of the way,
         and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
+    folds : each particle is compared with averages of the other particles: of so many folds all but its own; 1: with
+        averages it is part of, as published (default: by preset; `fa` takes 1)
     starts : random starts that are begun, of which the likeliest goes on
     seed : of all randomness
     device : "auto", "cpu" or "cuda[:i]"
@@ -97,6 +100,7 @@ class Options:
     sampler: Literal["magnitude", "joint"] | None = None
     update: Literal["explore", "ratio", "wiener", "printed"] | None = None
     iterations: int = 20
+    folds: int | None = None
     starts: int = 1
     seed: int = 0
     device: str = "auto"
@@ -136,6 +140,7 @@ class Options:
                 "'magnitude': method 'fa' takes one pose and integrates over none",
             ),
             (self.iterations >= 1, "iterations", self.iterations, "at least 1"),
+            (self.folds is None or 1 <= self.folds <= 1000, "folds", self.folds, "1 to 1000"),
             (1 <= self.starts <= 1000, "starts", self.starts, "1 to 1000"),
             (self.seed >= 0, "seed", self.seed, "0 or more"),
             (self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1"),
@@ -174,5 +179,6 @@ class Options:
         preset = PRESETS[self.preset]
         preset = replace(preset, noise_groups=self.noise_groups or preset.noise_groups, band=self.band or preset.band)
         if self.method == "fa":
-            return replace(preset, sampler="magnitude", update="ratio")
+            return replace(preset, sampler="magnitude", update="ratio", folds=1)
+        preset = replace(preset, folds=self.folds or preset.folds)
         return replace(preset, sampler=self.sampler or preset.sampler, update=self.update or preset.update)

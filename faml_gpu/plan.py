@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -44,6 +45,7 @@ REFINED = 3  # candidates per particle and class that are refined, and earlier p
 EXPLORED = 0.25  # of the iterations, see `Plan.explores`
 FILLED = 0.99  # of Fourier space
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
+EVIDENCE_PARTS = 10  # in turn in one of the halves: they may lie in the file sorted by class
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -179,13 +181,15 @@ class Plan:
         clock: Clock,
         progress: Progress | None,
         name: str,
+        members: range | None = None,
     ) -> Iterator[Done]:
-        """Map over the particles: `work(batch, spectra, first)` for each batch on the device, in order.
+        """Map over the particles (or `members`): `work(batch, spectra, first)` for each batch on the device, in order.
 
         `spectra` are the transforms of its normalised boxes, `first` is the number of its first particle. A batch for
         which the device has too little memory is done again in halves, and so are all after it.
         """
-        n, first = len(particles), 0
+        n = len(particles)
+        first, last = (0, n) if members is None else (members.start, members.stop)
 
         def attempt(size: int) -> Done | None:
             try:
@@ -198,8 +202,8 @@ class Plan:
                     raise
             return None
 
-        while first < n:
-            size = min(self.batch.size, n - first)
+        while first < last:
+            size = min(self.batch.size, last - first)
             done = attempt(size)
             if done is None:
                 # Only now are the arrays of the failed attempt gone.
@@ -268,6 +272,14 @@ class Plan:
             n_classes,
             weigh_twice=weigh_twice,
         )
+
+    def parts(self, n: int) -> list[range]:
+        """The n particles in parts whose sums are kept apart: folds, or what halves for the evidence are made of."""
+        wanted = self.options.choices.folds
+        if self.by_evidence:
+            wanted = max(wanted, EVIDENCE_PARTS)
+        borders = np.linspace(0, n, min(wanted, n) + 1).round().astype(int).tolist()
+        return [range(a, b) for a, b in pairwise(borders)]
 
     def finds_axes(self, iteration: int) -> bool:
         """Whether the averages are brought onto the axes of the point group at the end of an iteration.
@@ -369,6 +381,7 @@ class Band:
     state: State
     r_max: int
     r_output: int
+    held_out: int | None = None  # fold that the references are made without
     support: Support = field(init=False)
     output: Support = field(init=False)
     inside: NDArray[np.bool_] = field(init=False)  # on the host, as the M-step
@@ -392,19 +405,19 @@ class Band:
         """Mask around what shifts as wide as the last iteration found them leave of the particle."""
         return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
 
-    @property
-    def parts(self) -> int:
-        """Parts of the particles whose sums are kept apart."""
-        return 2 if self.plan.by_evidence else 1
+    def holding_out(self, fold: int) -> Band:
+        """The same with references that a fold of the particles has no part in; with those there are, at the start."""
+        return self if self.state.apart is None else replace(self, held_out=fold)
 
     def evidence(self, total: maximization.Accumulators) -> tuple[NDArray[np.float64] | None, int | None]:
         """Agreement of the halves per shell, and how far the next iteration's band reaches by that."""
         if not self.plan.by_evidence:
             return None, None
         shell = to_host(self.output.shell)
-        agreement = resolution.half_agreement(total.by_part(), shell)
+        sums = total.by_part()
+        agreement = resolution.half_agreement(np.stack([sums[::2].sum(axis=0), sums[1::2].sum(axis=0)]), shell)
         voxels = np.bincount(shell).astype(np.float64)
-        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * len(total.mass)
+        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * sums.shape[1]
         shown = self.r_max if self.state.r_max is None else self.state.r_max
         least, most = self.plan.r_start, self.plan.r_final
         return agreement, resolution.next_r_max(agreement, numbers, self.r_max, shown, least, most)
@@ -419,26 +432,34 @@ class Band:
         """Poses come from the joint grid, not from matched magnitudes."""
         return self.plan.options.choices.sampler == "joint"
 
-    def references(self) -> tuple[list[Reference], NDArray[np.complex64]]:
-        """The averages ready to be matched, and their transforms (K, M) on the output support (on the host)."""
-        masked = to_device(self.state.maps * self.plan.mask, self.plan.device)
+    @property
+    def maps(self) -> Float32:
+        """Averages (K, N, N, N) the particles are compared with, masked."""
+        apart = self.state.apart
+        maps = self.state.maps if apart is None or self.held_out is None else apart[self.held_out]
+        return maps * self.plan.mask
+
+    def averages(self) -> NDArray[np.complex64]:
+        """Their transforms (K, M) on the output support (on the host)."""
+        return to_host(self.output.gather(fourier.transform(to_device(self.maps, self.plan.device))))
+
+    def references(self) -> list[Reference]:
+        """The averages ready to be matched."""
+        masked = to_device(self.maps, self.plan.device)
         padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
         grids = fourier.interpolation_grid(masked, self.r_max, padding)
         if self.joint:
             unseen = self.unseen_grid
-            references: list[Reference] = [
-                fast_alignment.make_joint_reference(g, padding, self.r_max, bandwidth, unseen) for g in grids
-            ]
-        else:
-            references = [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
-        return references, to_host(self.output.gather(fourier.transform(masked)))
+            return [fast_alignment.make_joint_reference(g, padding, self.r_max, bandwidth, unseen) for g in grids]
+        return [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
 
     @cached_property
     def unseen_grid(self) -> Array | None:
         """The power the averages are expected to have beside what they show, ready to be interpolated."""
         if self.state.unseen is None:
             return None
-        return fourier.weight_grid(to_device(self.state.unseen, self.plan.device), self.r_max)
+        unseen = self.state.unseen[self.held_out or 0]
+        return fourier.weight_grid(to_device(unseen, self.plan.device), self.r_max)
 
     @cached_property
     def unseen(self) -> Array | None:
@@ -519,7 +540,7 @@ class Band:
     def wiener(
         self, averages: NDArray[np.complex128], total: maximization.Accumulators
     ) -> tuple[NDArray[np.float64], Float32]:
-        """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (half cube).
+        """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (1, half cube).
 
         While it explores, a voxel counts as known if it stands out from the noise of the whole box.
         """
@@ -535,21 +556,18 @@ class Band:
             share * self.state.sigma2,
             to_host(self.output.shell),
         )
-        unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device))[0].real
+        unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device)).real
         return factor, to_host(unseen)
 
     def accumulate(
-        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array, first: int = 0
+        self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array
     ) -> maximization.Accumulators:
-        """What a batch, of which `first` is the number of the first particle, adds to the sums of the M-step."""
+        """What a batch adds to the sums of the M-step."""
         n_classes = posterior.class_probability.shape[1]
-        part = (first + posterior.particle) % self.parts
-        rows = replace(posterior, class_index=posterior.class_index + n_classes * part)
         # To multiply by the weight twice, as printed, makes sense of 0 and 1.
         plain = batch.multiplied is None and batch.noise_rows is None
         twice = self.plan.options.choices.update == "printed" and plain
-        n_rows = n_classes * self.parts
-        sums, weights = self.plan.rotate_back(rows, batch, spectra, self.output, n_rows, weigh_twice=twice)
+        sums, weights = self.plan.rotate_back(posterior, batch, spectra, self.output, n_classes, weigh_twice=twice)
         residual, observed = maximization.noise_sums(
             posterior,
             observation.weights,

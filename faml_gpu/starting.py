@@ -129,11 +129,14 @@ def onto_axes(plan: Plan, band: Band, state: State, posterior: Posterior) -> tup
     """Averages and poses moved so that the axes of the structure's point group are where `symmetry` has them."""
     group = symmetry.point_group(plan.options.symmetry)
     support = fourier.make_support(plan.box, max(band.r_max, band.r_output))
-    maps = state.maps.copy()
+    maps, apart = state.maps.copy(), None if state.apart is None else state.apart.copy()
     for k, volume in enumerate(state.maps):
         if not volume.any():
             continue
         axes = find_axes(volume, plan.mask, band.r_max, plan.bandwidth(band.r_max), group)
         maps[k] = plan.to_maps(moved_onto_axes(volume, axes, group, support)[None], support)[0]
+        if apart is not None:
+            moved = [moved_onto_axes(m, axes, group, support) for m in apart[:, k]]
+            apart[:, k] = plan.to_maps(np.stack(moved), support)
         posterior = in_frame(posterior, axes.rotation, axes.shift, k)
-    return replace(state, maps=maps), posterior
+    return replace(state, maps=maps, apart=apart, unseen=None), posterior

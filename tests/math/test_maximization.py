@@ -238,7 +238,7 @@ def test_noise_sums_are_eq_12s(fractional, rng, oracles):
 
 
 def test_accumulators_add_up(rng):
-    def part():
+    def some():
         a = Accumulators.zero(2, 5, 3)
         a.sums += rng.standard_normal((2, 5)) + 1j
         a.weights += rng.random((2, 5))
@@ -248,8 +248,20 @@ def test_accumulators_add_up(rng):
         a.shift2, a.log_evidence, a.n = 2.0, -3.0, 4
         return a
 
-    first, second = part(), part()
-    expected = {name: getattr(first, name) + getattr(second, name) for name in vars(first)}
-    first.merge(second)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(getattr(first, name), value)
+    rows, every = ("sums", "weights", "mass"), [some() for _ in range(4)]
+    total = Accumulators.zero(2, 5, 3, parts=3)
+    for part, sums in zip((0, 1, 1, 2), every, strict=True):
+        total.merge(sums, part)
+
+    def added(name, members=range(4)):
+        return sum(getattr(every[i], name) for i in members)
+
+    whole = total.together()
+    assert total.parts == 3
+    assert whole.parts == 1
+    for name in vars(whole).keys() - {"parts"}:
+        np.testing.assert_allclose(getattr(whole, name), added(name))
+    np.testing.assert_allclose(total.by_part()[1], added("sums", [1, 2]))
+    for part, others in ((0, [1, 2, 3]), (1, [0, 3]), (2, [0, 1, 2])):
+        for name in rows:
+            np.testing.assert_allclose(getattr(total.without(part), name), added(name, others))
