@@ -178,20 +178,21 @@ def iterate(
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
     posteriors: list[BatchPosterior] = []
-    total = maximization.Accumulators.zero(
-        plan.options.n_classes, len(whole.output), whole.r_max, plan.device, len(groups), len(parts)
-    )
+    size = plan.options.n_classes, len(whole.output), whole.r_max
+    total = maximization.Accumulators.zero(*size, n_curves=len(groups), parts=len(parts))
     for part, members in enumerate(parts):
         band = whole.holding_out(part)
         with clock("references"):
             references = band.references()
         against = partial(e_step, band, references, [{} for _ in references])
+        of_part = maximization.Accumulators.zero(*size, device=plan.device, n_curves=len(groups))
         for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members):
-            total.merge(sums, part)
+            of_part.merge(sums)
             posteriors.append(posterior)
+        total.merge(of_part.on_host(), part)
 
     with clock("maximization"):
-        total, merged = whole.symmetrise(total.on_host()), join(posteriors)
+        total, merged = whole.symmetrise(total), join(posteriors)
         agreement, r_max = whole.evidence(total)
         new = replace(maximize(plan, whole, state, total), r_max=r_max)
         total = total.together()

@@ -84,7 +84,8 @@ def test_groups_and_premultiplied_boxes_on_a_gpu(
     boxes = fourier.inverse_transform(fourier.transform(read.boxes) * product, BOX)
     groups = {"optics": Groups(("a", "b"), np.arange(len(particles)) % 2)}
     multiplied = ArrayParticles(boxes, VOXEL, product, groups=groups, premultiplied=True)
-    found, expected = (run(multiplied, device, scale_correction=True) for device in ("cuda", "cpu"))
+    # Two or more particles a fold: compared with one another only, so few noisy ones end as rounding has it.
+    found, expected = (run(multiplied, device, scale_correction=True, folds=3) for device in ("cuda", "cpu"))
     assert_same(found, expected)
     assert expected.state.group_sigma2.shape == (3, BOX // 2)
     np.testing.assert_allclose(found.state.group_sigma2, expected.state.group_sigma2, rtol=1e-4)
@@ -95,12 +96,13 @@ def test_too_little_memory_halves_the_batch(
     particles: ArrayParticles, emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(plan.BATCH_SHARE, "cuda", 1e6)  # the batch is as large as the card seems
-    expected = run(particles, "cpu", sampler="magnitude")
-    run(particles, "cuda", sampler="magnitude")
+    options = {"sampler": "magnitude", "folds": 1}  # a batch of them all
+    expected = run(particles, "cpu", **options)
+    run(particles, "cuda", **options)
     for share in (0.8, 0.6):
         emulated_gpu.memory = int(share * emulated_gpu.peak)
         freed = emulated_gpu.pool_freed
-        assert_same(run(particles, "cuda", sampler="magnitude"), expected)
+        assert_same(run(particles, "cuda", **options), expected)
         assert emulated_gpu.pool_freed > freed
 
 
