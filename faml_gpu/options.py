@@ -62,9 +62,9 @@ class Options:
         (default: by preset; `fa` takes "magnitude")
     update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
         one step; the same with noise held down and no orientation favoured for being seen ("wiener", see
-        `maximization.wiener_average`); "explore", the second for the first quarter of the iterations, then the first;
-        or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only part of the way,
-        and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
+        `maximization.wiener_factor`); "explore", the second, and more held down while orientations are looked for (see
+        `Plan.explores`); or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only
+        part of the way, and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
     folds : each particle is compared with averages of the other particles: of so many folds all but its own; 1: with
         averages it is part of, as published (default: by preset; `fa` takes 1)
