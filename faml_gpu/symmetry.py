@@ -7,9 +7,7 @@ and (R S, t) of a particle then say the same: S acts on the structure, before th
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,10 +20,8 @@ from faml_gpu.errors import InputError
 from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, weight_grid
 
 __all__ = [
-    "asymmetric_unit",
     "check_helix",
     "distinct",
-    "expand",
     "helical_operators",
     "impose_helix",
     "order",
@@ -42,21 +38,6 @@ GOLDEN = (1 + 5**0.5) / 2
 LARGEST = 999  # n of Cn and Dn
 CENTRAL = 0.3  # of the box, along z: where a filament is neither cut by the box nor by the mask
 HELIX_EDGE = 3.0  # voxels over which the central part of a filament fades out, beyond its ends
-
-
-class _Posterior(Protocol):
-    """A list of (particle, class, pose, probability), with or without residuals."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def rotations(self) -> Float64: ...
-
-    @property
-    def probability(self) -> Float64: ...
-
-
-Entries = TypeVar("Entries", bound=_Posterior)
 
 # Axis (x, y, z) and order of rotations that generate each group.
 Generators = tuple[tuple[tuple[float, float, float], int], ...]
@@ -207,52 +188,7 @@ def _lookup(support: Support, rotation: Array) -> tuple[Array, Array]:
     return order[xp.where(conjugate, mirrored, place)], conjugate
 
 
-def expand(posterior: Entries, group: Float64) -> Entries:
-    """Every entry (particle, class, R, t, P) of a posterior as g entries (R S, t, P / g): its copies under the group.
-
-    Parameters
-    ----------
-    posterior : data.Posterior or expectation.BatchPosterior
-    group : (g, 3, 3) array
-
-    Returns
-    -------
-    as `posterior`
-        Still sorted by particle; what is per particle stays as it is (n_significant counts poses up to symmetry).
-    """
-    g = len(group)
-    changed: dict[str, Any] = {
-        name: np.repeat(getattr(posterior, name), g, axis=0)
-        for name in ("particle", "class_index", "shifts", "residual")
-        if hasattr(posterior, name)
-    }
-    changed["rotations"] = (posterior.rotations[:, None] @ group).reshape(-1, 3, 3)
-    changed["probability"] = np.repeat(posterior.probability / g, g)
-    return replace(posterior, **changed)
-
-
 # --- poses --------------------------------------------------------------------------------------------------
-
-
-def asymmetric_unit(rotations: ArrayLike, group: Float64) -> Float64:
-    """Rotations moved to their equivalent R S in one asymmetric unit of the group.
-
-    The unit is the set of rotations no farther from the identity than any of their equivalents; each orbit
-    {R S} has one element in it (on its border two or more, of which the first in the group's order is taken).
-
-    Parameters
-    ----------
-    rotations : (..., 3, 3) array
-    group : (g, 3, 3) array
-
-    Returns
-    -------
-    (..., 3, 3) float64 array
-    """
-    r = np.asarray(rotations, dtype=np.float64)
-    # The larger the trace, tr(R S) = sum_ij R_ij S_ji, the smaller the angle; rounded, so that rounding decides no tie.
-    traces = r.reshape(*r.shape[:-2], 9) @ np.swapaxes(group, -1, -2).reshape(-1, 9).T
-    return np.asarray(r @ group[np.argmax(np.round(traces, 9), axis=-1)])
 
 
 def unit_share(rotations: Array, group: Array, slack: float) -> tuple[Array, Array]:

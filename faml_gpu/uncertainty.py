@@ -12,7 +12,6 @@ from faml_gpu.data import Posterior
 __all__ = [
     "angular_coverage",
     "effective_particles",
-    "effective_poses",
     "evenness",
     "pose_entropy",
     "preferred_orientations",
@@ -37,11 +36,6 @@ def pose_entropy(posterior: Posterior) -> Float64:
     p = p / total[posterior.particle]
     terms = -p * np.log(np.maximum(p, np.finfo(np.float64).tiny))
     return np.maximum(np.bincount(posterior.particle, terms, minlength=n), 0.0)
-
-
-def effective_poses(posterior: Posterior) -> Float64:
-    """exp(entropy), (N,) float64: as many equally probable poses would be as uncertain (see `pose_entropy`)."""
-    return np.exp(pose_entropy(posterior))
 
 
 def effective_particles(class_probability: Float64) -> Float64:

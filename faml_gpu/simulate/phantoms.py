@@ -7,7 +7,6 @@ no models of them.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from faml_gpu.errors import InputError
+from faml_gpu.symmetry import point_group
 
 __all__ = [
     "PHANTOMS",
@@ -22,7 +22,6 @@ __all__ = [
     "density",
     "groel",
     "groel_es",
-    "point_group",
     "proteasome",
     "ribosome",
     "tmv",
@@ -62,38 +61,6 @@ class Phantom:
     def rotations(self) -> Float64:
         """Rotations S that leave the structure as it is, (g, 3, 3) float64, the identity first."""
         return point_group(self.symmetry)
-
-
-def point_group(symmetry: str) -> Float64:
-    """Rotations of a cyclic or dihedral point group.
-
-    Parameters
-    ----------
-    symmetry : "Cn" or "Dn"
-        The n-fold axis is z, a two-fold axis of Dn is x.
-
-    Returns
-    -------
-    (n, 3, 3) or (2n, 3, 3) float64 array, the identity first
-
-    Raises
-    ------
-    InputError
-        For any other name.
-    """
-    match = re.fullmatch(r"([CD])([1-9]\d*)", symmetry)
-    if match is None:
-        raise InputError(f"symmetry: found {symmetry!r}, expected C1, C2 ... or D1, D2 ...")
-    order = int(match[2])
-    angles = 2 * np.pi * np.arange(order) / order
-    group = np.zeros((order, 3, 3))
-    group[:, 0, 0] = group[:, 1, 1] = np.cos(angles)
-    group[:, 1, 0] = np.sin(angles)
-    group[:, 0, 1] = -group[:, 1, 0]
-    group[:, 2, 2] = 1.0
-    if match[1] == "D":
-        group = np.concatenate([group, group @ np.diag([1.0, -1.0, -1.0])])
-    return group
 
 
 def density(
@@ -351,7 +318,7 @@ def _ring(subunit: Float64, symmetry: str, turn: float) -> tuple[Float64, Float6
     Parameters
     ----------
     subunit : (n, 5): radius (A), angle (degrees), height (A), width (A), mass (kDa), in cylinder coordinates about z
-    symmetry : of `point_group`
+    symmetry : of `symmetry.point_group`
     turn : degrees added to all angles; a quarter of the step between subunits off the two-fold axis x staggers the
         two rings of Dn by half a step
     """

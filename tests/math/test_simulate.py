@@ -14,7 +14,6 @@ from faml_gpu.simulate import (
     Phantom,
     density,
     groel,
-    point_group,
     ribosome,
     simulate_particles,
     tmv,
@@ -149,21 +148,6 @@ def test_every_orientation_of_the_ribosome_is_distinct_at_40_angstrom() -> None:
     turns = turns[turns.magnitude() > np.deg2rad(40)].as_matrix()
     scores = [np.corrcoef(volume, density(phantom, 32, 12.0, turn, resolution=40.0).ravel())[0, 1] for turn in turns]
     assert max(scores) < 0.93
-
-
-def test_point_groups() -> None:
-    assert len(point_group("C1")) == 1
-    group = point_group("D7")
-    assert group.shape == (14, 3, 3)
-    np.testing.assert_array_equal(group[0], np.eye(3))
-    np.testing.assert_allclose(np.linalg.det(group), 1.0)
-    # Closed: each product is again an element.
-    products = np.einsum("aij,bjk->abik", group, group).reshape(-1, 1, 3, 3)
-    assert np.abs(products - group).max(axis=(-2, -1)).min(axis=1).max() < 1e-12
-    # All 14 differ.
-    assert (np.abs(group[:, None] - group).max(axis=(-2, -1)) < 1e-9).sum() == 14
-    with pytest.raises(InputError, match="symmetry"):
-        point_group("T")
 
 
 def simulate(**changes: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,7 @@ from faml_gpu.metrics import correlation
 from faml_gpu.posteriors import one_hot
 from faml_gpu.simulate import Phantom, density, groel, simulate_particles
 from faml_gpu.symmetry import (
-    asymmetric_unit,
     distinct,
-    expand,
     helical_operators,
     impose_helix,
     point_group,
@@ -37,6 +36,15 @@ def axes(group: np.ndarray, order: int) -> np.ndarray:
     angles = np.linalg.norm(vectors, axis=1)
     found = vectors[np.abs(angles - 2 * np.pi / order) < 1e-6] * order / (2 * np.pi)
     return np.concatenate([found, -found])
+
+
+def expand(posterior: Any, group: np.ndarray) -> Any:
+    """Every entry (particle, class, R, t, P) of a posterior as its g copies (R S, t, P / g)."""
+    g = len(group)
+    names = ("particle", "class_index", "shifts", "residual")
+    copied = {n: np.repeat(getattr(posterior, n), g, axis=0) for n in names if hasattr(posterior, n)}
+    rotations = (posterior.rotations[:, None] @ group).reshape(-1, 3, 3)
+    return replace(posterior, **copied, rotations=rotations, probability=np.repeat(posterior.probability / g, g))
 
 
 def has(vectors: np.ndarray, axis: Any) -> bool:
@@ -148,32 +156,6 @@ class Small:
         )
 
 
-@pytest.mark.parametrize("name", ["C1", "C7", "D2", "T"])
-def test_expansion_is_accumulation_over_copies(name: str) -> None:
-    """(1/g) sum_S of the sums with every R replaced by R S, one S at a time."""
-    small, group = Small(), point_group(name)
-    sums, weights = small.accumulated(expand(small.posterior, group))
-    p = small.posterior
-    parts = []
-    for element in group:
-        turned = np.array([rotation @ element for rotation in p.rotations])
-        parts.append(small.accumulated(BatchPosterior(**{**vars(p), "rotations": turned})))
-    np.testing.assert_allclose(sums, np.mean([s for s, _ in parts], axis=0), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(weights, np.mean([w for _, w in parts], axis=0), rtol=1e-6)
-
-
-def test_expansion_keeps_order_mass_and_what_is_per_particle() -> None:
-    small, group = Small(), point_group("D2")
-    p = small.posterior
-    larger = expand(p, group)
-    assert (np.diff(larger.particle) >= 0).all()
-    np.testing.assert_allclose(np.bincount(larger.particle, larger.probability), 1)
-    np.testing.assert_allclose(larger.probability @ larger.residual, p.probability @ p.residual)
-    assert larger.log_likelihood is p.log_likelihood
-    plain = one_hot(np.array([0, 1]), np.tile(np.eye(3), (2, 1, 1)), np.zeros((2, 3)), 2, known=True)
-    np.testing.assert_array_equal(expand(plain, group).particle, [0, 0, 0, 0, 1, 1, 1, 1])
-
-
 @pytest.mark.parametrize("box", [16, 17])
 def test_copies_on_the_grid_are_exact(box: int) -> None:
     """The octahedral group maps the voxel grid onto itself: the average over it is that of permuted full cubes."""
@@ -247,24 +229,6 @@ def test_a_seven_fold_average_is_better_with_its_symmetry(way: str) -> None:
 
 
 # --- poses --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_the_asymmetric_unit_has_one_pose_of_each_orbit(name: str) -> None:
-    rng, group = np.random.default_rng(2), point_group(name)
-    r = random_rotations(200, rng)
-    moved = asymmetric_unit(r, group)
-    steps = np.swapaxes(r, 1, 2) @ moved
-    assert max(np.abs(step - group).max(axis=(1, 2)).min() for step in steps) < 1e-9  # R^-1 (R S) is in the group
-    nearest = rotation_angle(r[:, None] @ group, np.eye(3)).min(axis=1)
-    np.testing.assert_allclose(rotation_angle(moved, np.eye(3)), nearest, atol=1e-6)
-    picked = r @ group[rng.integers(len(group), size=len(r))]
-    np.testing.assert_allclose(asymmetric_unit(picked, group), moved, atol=1e-9)
-    np.testing.assert_allclose(asymmetric_unit(moved, group), moved, atol=1e-9)
-    # The unit is 1 / g of all rotations: so many stay where they are.
-    stayed = np.abs(moved - r).max(axis=(1, 2)) < 1e-9
-    share = 1 / len(group)
-    assert abs(stayed.mean() - share) <= 4 * np.sqrt(share * (1 - share) / len(r))
 
 
 def test_of_copies_the_first_is_kept() -> None:

@@ -11,7 +11,6 @@ from faml_gpu.geometry import random_rotations
 from faml_gpu.uncertainty import (
     angular_coverage,
     effective_particles,
-    effective_poses,
     pose_entropy,
     preferred_orientations,
 )
@@ -42,7 +41,6 @@ def test_entropy_of_equal_and_single_poses() -> None:
     found = posterior([0, 1, 1, 1, 1, 2, 2], [1.0, 0.25, 0.25, 0.25, 0.25, 0.9, 0.1])
     expected = [0.0, np.log(4), -0.9 * np.log(0.9) - 0.1 * np.log(0.1)]
     np.testing.assert_allclose(pose_entropy(found), expected, atol=1e-15)
-    np.testing.assert_allclose(effective_poses(found)[:2], [1, 4], rtol=1e-14)
 
 
 def test_a_pose_of_no_probability_adds_nothing() -> None:
