@@ -417,7 +417,7 @@ class Band:
         sums = total.by_part()
         agreement = resolution.half_agreement(np.stack([sums[::2].sum(axis=0), sums[1::2].sum(axis=0)]), shell)
         voxels = np.bincount(shell).astype(np.float64)
-        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * sums.shape[1]
+        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * sums.shape[1] / symmetry.order(self.symmetry)
         shown = self.r_max if self.state.r_max is None else self.state.r_max
         least, most = self.plan.r_start, self.plan.r_final
         return agreement, resolution.next_r_max(agreement, numbers, self.r_max, shown, least, most)

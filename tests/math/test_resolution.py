@@ -78,10 +78,10 @@ def averaged(snr: float, reference: bool = False, **options) -> tuple[Result, Pl
     return run(particles, chosen, **start), Plan.make(particles, chosen, 80.0 if reference else None, "cpu")
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_noise_shows_nothing_finer_than_the_start(reference):
-    """Neither from nothing nor from a map of what is not there."""
-    result, plan = averaged(0, reference)
+@pytest.mark.parametrize(("reference", "symmetry"), [(False, "C1"), (True, "C1"), (True, "D7")])
+def test_noise_shows_nothing_finer_than_the_start(reference, symmetry):
+    """Neither from nothing nor from a map of what is not there; nor where each voxel stands for 14."""
+    result, plan = averaged(0, reference, symmetry=symmetry)
     assert plan.r_start < plan.r_final - 2
     assert {row.r_max for row in result.history} == {plan.r_start}
 
