@@ -28,7 +28,7 @@ from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.run_folder import RunFolder
-from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations
+from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
 __all__ = ["average", "classify"]
 
@@ -247,6 +247,7 @@ def _doubts(result: Result) -> list[str]:
         result.history[-1].coverage,
         effective_particles(result.posterior.class_probability),
     )
+    remarks += shifts_at_limit(result.best.shifts, result.options["max_shift"], result.voxel_size)
     if isinstance(result, HalvesResult):
         sizes = np.bincount(result.best.classes, minlength=len(result.halves))
         remarks += [

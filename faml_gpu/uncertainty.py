@@ -15,12 +15,15 @@ __all__ = [
     "evenness",
     "pose_entropy",
     "preferred_orientations",
+    "shifts_at_limit",
 ]
 
 Float64 = NDArray[np.float64]
 
 FEWEST = 10  # effective particles; the main axis of fewer random directions is often near 1 by chance
 UNEVEN = 0.5  # angular coverage below which one direction prevails; a great circle has 0.75
+LIMIT = 0.9  # of the largest shift; of shifts that fill the sphere evenly 27 % are beyond that
+PILED_UP = 0.4  # of the particles
 UNSEEN = 0.95  # Fourier coverage below which that leaves a gap worth a word
 
 
@@ -92,4 +95,18 @@ def preferred_orientations(
         "or try other seeds in case the orientations are locked to the missing wedge"
         for k, (a, f, e) in enumerate(zip(angular, fourier, effective, strict=True), start=1)
         if e >= FEWEST and a < UNEVEN and f < UNSEEN
+    ]
+
+
+def shifts_at_limit(shifts: Float64, max_shift: float, voxel_size: float) -> list[str]:
+    """A warning if the best shifts pile up at the largest that is looked at: those beyond it were never found.
+
+    shifts (N, 3) voxels; max_shift Angstrom; voxel_size Angstrom.
+    """
+    share = float((np.linalg.norm(shifts, axis=1) * voxel_size >= LIMIT * max_shift).mean())
+    if share <= PILED_UP:
+        return []
+    return [
+        f"{100 * share:.0f} % of the particles were found as far off the centre of their box as was looked at "
+        f"({max_shift:.0f} A): more may lie farther off, and are misaligned; raise --max-shift, or centre them better"
     ]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import starfile
 
 import faml_gpu
@@ -26,15 +27,16 @@ def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
     model = starfile.read(out / "run_it001_model.star")["model_classes"]
     assert {"famlEffectiveParticles", "famlAngularCoverage", "famlFourierCoverage"} <= set(model.columns)
     assert json.loads((out / "run.json").read_text())["warnings"] == []
-    faml_gpu.classify(
-        small_star,
-        1,
-        out,
-        tilt_range=(-60, 60),
-        iterations=1,
-        device="cpu",
-        sampler="magnitude",
-        bandwidth=6,
-        overwrite=True,
-    )
+    with pytest.warns(UserWarning, match="raise --max-shift"):
+        faml_gpu.average(
+            small_star,
+            out,
+            tilt_range=(-60, 60),
+            iterations=1,
+            device="cpu",
+            bandwidth=6,
+            max_shift=15.0,
+            overwrite=True,
+        )
+    assert len(json.loads((out / "run.json").read_text())["warnings"]) == 1
     assert "famlClassProbability002" not in starfile.read(out / "run_class_posteriors.star").columns

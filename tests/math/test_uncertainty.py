@@ -13,6 +13,7 @@ from faml_gpu.uncertainty import (
     effective_particles,
     pose_entropy,
     preferred_orientations,
+    shifts_at_limit,
 )
 
 
@@ -75,3 +76,17 @@ def test_warning_needs_uneven_views_and_a_gap() -> None:
     assert "class 1 " in text
     assert "0.10" in text
     assert "30 %" in text
+
+
+def test_warning_of_shifts_that_pile_up_at_the_limit(rng: np.random.Generator) -> None:
+    directions = rng.standard_normal((2000, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    even = 6 * directions * rng.random((2000, 1)) ** (1 / 3)  # fills the sphere: nothing says that there is more
+    assert shifts_at_limit(even, 12.0, 2.0) == []
+    cut = np.where(np.linalg.norm(1.6 * even, axis=1, keepdims=True) < 6, 1.6 * even, 6 * directions)
+    (text,) = shifts_at_limit(cut, 12.0, 2.0)
+    assert "12 A" in text
+    assert "--max-shift" in text
+    share = (np.linalg.norm(cut, axis=1) > 0.9 * 6).mean()
+    assert text.startswith(f"{100 * share:.0f} %")
+    assert shifts_at_limit(cut, 14.0, 2.0) == []
