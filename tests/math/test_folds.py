@@ -66,6 +66,29 @@ def test_averages_without_a_fold_and_what_is_compared_with_them(sampler):
         state: State = replace(first.state, maps=first.state.apart[fold], apart=None)
         same = iterate(whole, particles, replace(first, state=state)).posterior
         np.testing.assert_allclose(second.posterior.log_likelihood[members], same.log_likelihood[members], rtol=1e-5)
+        mine, its = (np.isin(p.particle, members) for p in (second.posterior, same))
+        np.testing.assert_allclose(second.posterior.probability[mine], same.probability[its], atol=1e-4)
     # Compared with what it is part of, each particle fits better.
     itself = iterate(whole, particles, replace(first, state=replace(first.state, apart=None))).posterior
     assert (itself.log_likelihood > second.posterior.log_likelihood + 1).all()
+
+
+def test_what_is_unseen_of_an_average_is_that_of_its_fold():
+    """The posterior with the fold's average and its unseen power, and with no other fold's."""
+    particles = boxes(0.05)
+    plan = Plan.make(particles, replace(OPTIONS, folds=3, update="wiener"), 80.0)
+    whole = replace(plan, options=replace(plan.options, folds=1))
+    first = iterate(plan, particles, start(plan, particles, None, None))
+    state = first.state
+    assert state.unseen.shape == (3, 20, 20, 11)
+    found = iterate(plan, particles, first).posterior
+    spread = []
+    for fold, members in enumerate(plan.parts(N)):
+        for other in range(3):
+            single = replace(state, maps=state.apart[fold], apart=None, unseen=state.unseen[other : other + 1])
+            same = iterate(whole, particles, replace(first, state=single)).posterior
+            mine, its = (np.isin(p.particle, members) for p in (found, same))
+            equal = mine.sum() == its.sum() and np.allclose(found.probability[mine], same.probability[its], atol=1e-4)
+            assert equal or other != fold
+            spread.append(equal)
+    assert not all(spread)  # or nothing was told apart

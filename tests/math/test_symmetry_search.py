@@ -7,11 +7,15 @@ import pytest
 from scipy.special import logsumexp
 
 from faml_gpu import fourier
-from faml_gpu.data import Posterior
+from faml_gpu.data import Posterior, State
 from faml_gpu.fast_alignment import Observation, align, joint, make_reference, shift_window
 from faml_gpu.geometry import random_rotations, rotation_angle
+from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.masks import soft_sphere
+from faml_gpu.options import Options
+from faml_gpu.plan import Plan
 from faml_gpu.posteriors import in_frame, one_hot
+from faml_gpu.starting import onto_axes
 from faml_gpu.symmetry import point_group, unit_share
 from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
@@ -187,3 +191,28 @@ def test_poses_go_along_with_the_map(oracles):
     first = posed(case.clean, before.rotations[0], before.shifts[0])
     second = posed(volume, after.rotations[0], after.shifts[0])
     assert (abs(first - second) ** 2).sum() < 0.02 * (abs(first) ** 2).sum()
+
+
+def test_averages_of_folds_move_with_the_whole(oracles):
+    """By the axes of the whole average, whatever those of a fold's would be; what was unseen lies elsewhere then."""
+    case = Tilted(oracles, "C3")
+    particles = ArrayParticles(np.stack([case.volume] * 2), 10.0)
+    plan = Plan.make(particles, Options(n_classes=2, symmetry="C3", mask_radius=90.0, device="cpu"))
+    turned = np.ascontiguousarray(case.volume[::-1])
+    maps = np.stack([case.volume, np.zeros_like(case.volume)])  # the second class is empty
+    state = State(1, maps, np.full(2, 0.5), np.ones(plan.n_shells), 1.0, apart=np.stack([maps, np.stack([turned] * 2)]))
+    state.unseen = np.ones((2, 24, 24, 13), np.float32)
+    posterior = one_hot(np.array([0, 1]), np.tile(np.eye(3), (2, 1, 1)), np.zeros((2, 3)), 2, known=True)
+    moved, after = onto_axes(plan, plan.band(state), state, posterior)
+    assert moved.unseen is None
+    np.testing.assert_allclose(moved.apart[0], moved.maps, atol=1e-5 * abs(moved.maps).max())
+    np.testing.assert_array_equal(moved.maps[1], 0)
+    np.testing.assert_array_equal(moved.apart[1, 1], turned)  # its class did not move
+    band = plan.band(state)
+    axes = find_axes(case.volume, plan.mask, band.r_max, plan.bandwidth(band.r_max), case.group)
+    support = fourier.make_support(24, max(band.r_max, band.r_output))
+    expected = plan.to_maps(moved_onto_axes(turned, axes, case.group, support)[None], support)[0]
+    np.testing.assert_allclose(moved.apart[1, 0], expected, atol=1e-5 * abs(expected).max())
+    assert abs(moved.apart[1, 0] - moved.maps[0]).max() > 0.1 * abs(expected).max()
+    np.testing.assert_allclose(after.rotations[0], axes.rotation, atol=1e-12)
+    np.testing.assert_array_equal(after.rotations[1], np.eye(3))
