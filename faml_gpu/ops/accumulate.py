@@ -208,6 +208,7 @@ def _accumulate_loop(
     c = grids.shape[3] - 1
     d = weight_grids.shape[3] - 1
     m = coords.shape[0]
+    real = type(padding)
     for block in numba.prange((m + BLOCK - 1) // BLOCK):
         for e in range(particle.shape[0]):
             b, k = particle[e], class_index[e]
@@ -215,9 +216,10 @@ def _accumulate_loop(
             r, p, table = rotations[e], probability[e], phase[e]
             for j in range(block * BLOCK, min((block + 1) * BLOCK, m)):
                 kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
-                x = r[0, 0] * kx + r[0, 1] * ky + r[0, 2] * kz
-                y = r[1, 0] * kx + r[1, 1] * ky + r[1, 2] * kz
-                z = r[2, 0] * kx + r[2, 1] * ky + r[2, 2] * kz
+                fx, fy, fz = real(kx), real(ky), real(kz)
+                x = r[0, 0] * fx + r[0, 1] * fy + r[0, 2] * fz
+                y = r[1, 0] * fx + r[1, 1] * fy + r[1, 2] * fz
+                z = r[2, 0] * fx + r[2, 1] * fy + r[2, 2] * fz
                 w = sample_real(weight, d, x, y, z)
                 re, im = sample_complex(grid, c, x * padding, y * padding, z * padding)
                 value = complex(re, im) * (table[0, kx + r_max] * table[1, ky + r_max] * table[2, kz + r_max])

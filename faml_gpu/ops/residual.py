@@ -153,6 +153,7 @@ def _residual_loop(
 ) -> None:
     c = grid.shape[2] - 1
     n = rotations.shape[1]
+    real = type(rotations[0, 0, 0, 0])
     for task in numba.prange(rotations.shape[0] * n):
         b, i = task // n, task % n
         if i >= count[b]:
@@ -173,12 +174,13 @@ def _residual_loop(
                 if w == 0:
                     continue
                 kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
+                x, y, z = real(kx), real(ky), real(kz)
                 re, im = sample_complex(
                     grid,
                     c,
-                    r[0, 0] * kx + r[1, 0] * ky + r[2, 0] * kz,
-                    r[0, 1] * kx + r[1, 1] * ky + r[2, 1] * kz,
-                    r[0, 2] * kx + r[1, 2] * ky + r[2, 2] * kz,
+                    r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
+                    r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
+                    r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
                 )
                 ax, bx = phase[0, kx + r_max, 0], phase[0, kx + r_max, 1]
                 ay, by = phase[1, ky + r_max, 0], phase[1, ky + r_max, 1]

@@ -41,9 +41,8 @@ def rotate(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
 def _rotate_cpu(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
     real = real_view(grid)
     out = np.empty((len(rotations), len(coords)), grid.dtype)
-    _rotate_loop(
-        real, rotations.astype(real.dtype), coords.astype(real.dtype), real.dtype.type(padding), real_view(out)
-    )
+    padded = rotations.astype(real.dtype) * real.dtype.type(padding)
+    _rotate_loop(real, padded, coords.astype(real.dtype), real_view(out))
     return out
 
 
@@ -59,7 +58,7 @@ def _rotate_cuda(grid: Array, rotations: Array, coords: Array, padding: int) -> 
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})
-def _rotate_loop(grid: Any, rotations: Any, coords: Any, padding: Any, out: Any) -> None:
+def _rotate_loop(grid: Any, rotations: Any, coords: Any, out: Any) -> None:
     c = grid.shape[2] - 1
     blocks = 8  # so that few rotations still fill the threads
     size = (coords.shape[0] + blocks - 1) // blocks
@@ -67,7 +66,7 @@ def _rotate_loop(grid: Any, rotations: Any, coords: Any, padding: Any, out: Any)
         i, block = task // blocks, task % blocks
         r = rotations[i]
         for j in range(block * size, min((block + 1) * size, coords.shape[0])):
-            x, y, z = coords[j, 0] * padding, coords[j, 1] * padding, coords[j, 2] * padding
+            x, y, z = coords[j, 0], coords[j, 1], coords[j, 2]
             re, im = sample_complex(
                 grid,
                 c,
