@@ -30,12 +30,13 @@ from faml_gpu.history import converged, record
 from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
-from faml_gpu.posteriors import join, select
+from faml_gpu.posteriors import gathered, join, scattered
 from faml_gpu.starting import final_averages, onto_axes, start
 
 __all__ = ["iterate", "run"]
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 
 def run(
@@ -153,9 +154,9 @@ def iterate(
         kept: list[dict[str, Array]],
         batch: Batch,
         spectra: Array,
-        first: int,
+        numbers: Int64,
     ) -> tuple[BatchPosterior, maximization.Accumulators]:
-        batch, spectra = groups.weigh(batch, spectra, first, state)
+        batch, spectra = groups.weigh(batch, spectra, numbers, state)
         observation = band.observe(batch, spectra)
         if band.joint:
             with clock("pose integral"):
@@ -166,7 +167,7 @@ def iterate(
                 if plan.options.method == "fa":
                     candidates = single_best(candidates)
                 elif plan.options.choices.poses == "refined":
-                    earlier = select(checkpoint.posterior, first, first + len(spectra))
+                    earlier = gathered(checkpoint.posterior, numbers)
                     candidates = band.refine(observation, references, candidates, earlier)
             with clock("voronoi"):
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
@@ -186,18 +187,21 @@ def iterate(
             references = band.references()
         against = partial(e_step, band, references, [{} for _ in references])
         of_part = maximization.Accumulators.zero(*size, device=plan.device, n_curves=len(groups))
-        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members):
+        before = sum(len(p) for p in parts[:part])
+        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members, before):
             of_part.merge(sums)
             posteriors.append(posterior)
         total.merge(of_part.on_host(), part)
 
     with clock("maximization"):
-        total, merged = whole.symmetrise(total), join(posteriors)
+        order = np.concatenate(parts)
+        total, merged = whole.symmetrise(total), scattered([(order, join(posteriors))])
         agreement, r_max = whole.evidence(total)
         new = replace(maximize(plan, whole, state, total), r_max=r_max)
         total = total.together()
         if plan.options.scale_correction:
-            new.scale = new_scale(state.scale, np.concatenate([p.scale for p in posteriors if p.scale is not None]))
+            scales = np.concatenate([p.scale for p in posteriors if p.scale is not None])
+            new.scale = new_scale(state.scale, scales[np.argsort(order)])
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
     row = record(plan, whole, checkpoint, new, merged, total, likelihood, clock)
     row = replace(row, agreement=None if agreement is None else [round(float(a), 4) for a in agreement])

@@ -51,7 +51,7 @@ class NoiseGroups:
         """The particles that curve g is estimated from: all for the first."""
         return np.arange(len(self.row)) if g == 0 else np.flatnonzero(self.row == g)
 
-    def weigh(self, batch: Batch, spectra: Array, first: int, state: State) -> tuple[Batch, Array]:
+    def weigh(self, batch: Batch, spectra: Array, numbers: NDArray[np.int64], state: State) -> tuple[Batch, Array]:
         """A batch with weights relative to each particle's noise and scale, and its spectra over the scale.
 
         Where all share one curve and have the scale 1, both are what they were.
@@ -60,7 +60,7 @@ class NoiseGroups:
         ----------
         batch : Batch
         spectra : (B, N, N, N//2 + 1) complex64
-        first : number of its first particle
+        numbers : (B,) of its particles
         state : State
 
         Returns
@@ -72,9 +72,9 @@ class NoiseGroups:
         if state.relative_noise is None and state.scale is None:
             return batch, spectra
         xp, device, n = namespace(batch.weights), device_of(batch.weights), len(spectra)
-        rows = self.row[first : first + n]
+        rows = self.row[numbers]
         # With scales, no two particles have the same weight.
-        own = np.zeros(n, np.int64) if state.scale is None else np.arange(first, first + n)
+        own = np.zeros(n, np.int64) if state.scale is None else numbers
         scale = np.ones(len(self.row)) if state.scale is None else state.scale
         keys = np.stack([to_host(batch.weight_index), rows, own], axis=1)
         distinct, index = np.unique(keys, axis=0, return_inverse=True)

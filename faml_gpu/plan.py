@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -37,6 +36,7 @@ from faml_gpu.posteriors import likeliest
 __all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 Done = TypeVar("Done")
 
 BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
@@ -45,7 +45,7 @@ REFINED = 3  # candidates per particle and class that are refined, and earlier p
 EXPLORED = 0.25  # of the iterations, see `Plan.explores`
 FILLED = 0.99  # of Fourier space
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
-EVIDENCE_PARTS = 10  # in turn in one of the halves: they may lie in the file sorted by class
+EVIDENCE_PARTS = 10
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -177,33 +177,36 @@ class Plan:
     def over_batches(
         self,
         particles: ParticleSource,
-        work: Callable[[Batch, Array, int], Done],
+        work: Callable[[Batch, Array, Int64], Done],
         clock: Clock,
         progress: Progress | None,
         name: str,
-        members: range | None = None,
+        members: Int64 | None = None,
+        before: int = 0,
     ) -> Iterator[Done]:
-        """Map over the particles (or `members`): `work(batch, spectra, first)` for each batch on the device, in order.
+        """Map over the particles: `work(batch, spectra, numbers)` for each batch on the device, in order.
 
-        `spectra` are the transforms of its normalised boxes, `first` is the number of its first particle. A batch for
-        which the device has too little memory is done again in halves, and so are all after it.
+        `spectra` are the transforms of its normalised boxes, `numbers` those of its particles. Of `members` only, if
+        there are any, `before` of all particles having been done. A batch for which the device has too little memory is
+        done again in halves, and so are all after it.
         """
-        n = len(particles)
-        first, last = (0, n) if members is None else (members.start, members.stop)
+        members = np.arange(len(particles)) if members is None else members
+        first = 0
 
         def attempt(size: int) -> Done | None:
             try:
+                numbers = members[first : first + size]
                 with clock("read"):
-                    batch = self.to_device(particles.read(np.arange(first, first + size)))
+                    batch = self.to_device(particles.read(numbers))
                     spectra = self.spectra(batch)
-                return work(batch, spectra, first)
+                return work(batch, spectra, numbers)
             except Exception as error:
                 if size == 1 or not out_of_memory(error):
                     raise
             return None
 
-        while first < last:
-            size = min(self.batch.size, last - first)
+        while first < len(members):
+            size = min(self.batch.size, len(members) - first)
             done = attempt(size)
             if done is None:
                 # Only now are the arrays of the failed attempt gone.
@@ -214,7 +217,7 @@ class Plan:
             first += size
             yield done
             if progress is not None:
-                progress(name, first, n)
+                progress(name, before + first, len(particles))
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with its arrays on the device: the one transfer to it."""
@@ -273,13 +276,15 @@ class Plan:
             weigh_twice=weigh_twice,
         )
 
-    def parts(self, n: int) -> list[range]:
-        """The n particles in parts whose sums are kept apart: folds, or what halves for the evidence are made of."""
+    def parts(self, n: int) -> list[Int64]:
+        """The n particles in parts whose sums are kept apart: folds, or what halves for the evidence are made of.
+
+        In turn in one of them: they may lie in the file sorted by class, and each part is to have some of each.
+        """
         wanted = self.options.choices.folds
         if self.by_evidence:
             wanted = max(wanted, EVIDENCE_PARTS)
-        borders = np.linspace(0, n, min(wanted, n) + 1).round().astype(int).tolist()
-        return [range(a, b) for a, b in pairwise(borders)]
+        return [np.arange(part, n, min(wanted, n)) for part in range(min(wanted, n))]
 
     def finds_axes(self, iteration: int) -> bool:
         """Whether the averages are brought onto the axes of the point group at the end of an iteration.

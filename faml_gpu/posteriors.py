@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["gathered", "in_frame", "join", "likeliest", "one_hot", "scattered", "select"]
+__all__ = ["gathered", "in_frame", "join", "likeliest", "one_hot", "scattered"]
 
 Int64 = NDArray[np.int64]
 
@@ -73,21 +73,6 @@ def likeliest(
     return rotations, shifts, np.bincount(particle, minlength=size)
 
 
-def select(posterior: Posterior, first: int, last: int) -> Posterior:
-    """The part of a posterior that belongs to particles first .. last - 1, numbered from 0."""
-    a, b = np.searchsorted(posterior.particle, [first, last])
-    return Posterior(
-        particle=posterior.particle[a:b] - first,
-        class_index=posterior.class_index[a:b],
-        rotations=posterior.rotations[a:b],
-        shifts=posterior.shifts[a:b],
-        probability=posterior.probability[a:b],
-        log_likelihood=posterior.log_likelihood[first:last],
-        n_significant=posterior.n_significant[first:last],
-        class_probability=posterior.class_probability[first:last],
-    )
-
-
 def in_frame(
     posterior: Posterior, rotation: NDArray[np.float64], shift: NDArray[np.float64], k: int | None = None
 ) -> Posterior:
@@ -101,12 +86,12 @@ def in_frame(
 
 
 def gathered(posterior: Posterior, members: Int64) -> Posterior:
-    """The part of a posterior that belongs to some of its particles, in increasing order; numbered from 0."""
-    number = np.full(len(posterior.log_likelihood), -1)
-    number[members] = np.arange(len(members))
-    rows = number[posterior.particle] >= 0
+    """The part of a posterior that belongs to some of its particles, numbered from 0 in the order of `members`."""
+    first, last = (np.searchsorted(posterior.particle, members, side=side) for side in ("left", "right"))
+    particle = np.repeat(np.arange(len(members)), last - first)
+    rows = np.arange(len(particle)) + (last - np.cumsum(last - first))[particle]
     return Posterior(
-        particle=number[posterior.particle[rows]],
+        particle=particle,
         class_index=posterior.class_index[rows],
         rotations=posterior.rotations[rows],
         shifts=posterior.shifts[rows],

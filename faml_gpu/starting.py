@@ -13,7 +13,7 @@ from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Posterior, P
 from faml_gpu.geometry import random_rotations
 from faml_gpu.noise import noise_groups
 from faml_gpu.plan import Band, Clock, Plan
-from faml_gpu.posteriors import in_frame, one_hot, select
+from faml_gpu.posteriors import gathered, in_frame, one_hot
 from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
 __all__ = ["average_sums", "final_averages", "onto_axes", "start"]
@@ -111,10 +111,10 @@ def average_sums(
     clock = Clock(plan.device)
     groups = None if state is None else noise_groups(particles, plan.options, state)
 
-    def add(batch: Batch, spectra: Array, first: int) -> tuple[Array, Array]:
-        part = select(posterior, first, first + len(spectra))
+    def add(batch: Batch, spectra: Array, numbers: Int64) -> tuple[Array, Array]:
+        part = gathered(posterior, numbers)
         if state is not None and groups is not None:
-            batch, spectra = groups.weigh(batch, spectra, first, state)
+            batch, spectra = groups.weigh(batch, spectra, numbers, state)
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 

@@ -19,7 +19,7 @@ from faml_gpu.evaluation.maps import Comparison
 from faml_gpu.fourier import full_band, make_support
 from faml_gpu.maximization import covered
 from faml_gpu.plan import Clock, Plan
-from faml_gpu.posteriors import select
+from faml_gpu.posteriors import gathered
 
 __all__ = ["FILTERS", "convergence", "coverage", "measure"]
 
@@ -149,8 +149,8 @@ def coverage(plan: Plan, particles: ParticleSource, posterior: Posterior) -> lis
     weights = np.zeros((n_classes, len(support)))
     for part in plan.over_batches(
         particles,
-        lambda batch, spectra, first: plan.rotate_back(
-            select(posterior, first, first + len(spectra)), batch, spectra, support, n_classes
+        lambda batch, spectra, numbers: plan.rotate_back(
+            gathered(posterior, numbers), batch, spectra, support, n_classes
         )[1],
         Clock(plan.device),
         None,

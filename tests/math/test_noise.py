@@ -76,7 +76,7 @@ def scene(request: pytest.FixtureRequest, rng: np.random.Generator, oracles: Any
     state = state_of(toy.sigma2, relative, scale=scale)
     groups = NoiseGroups(("all", "g1", "g2"), np.concatenate([[0], rows, [0]]))
     plain = Batch(toy.particles, half, toy.weight_index, ("a", "b"))
-    batch, spectra = groups.weigh(plain, fourier.transform(toy.particles), 1, state)
+    batch, spectra = groups.weigh(plain, fourier.transform(toy.particles), 1 + np.arange(len(toy.particles)), state)
     own = np.ones(6) if scale is None else scale[1:7]
     return {
         "toy": toy, "rows": rows, "state": state, "plain": plain, "batch": batch, "spectra": spectra, "scale": own,
@@ -186,7 +186,7 @@ def test_pairs_of_weight_and_group_have_names_of_their_own(scene: dict[str, Any]
     toy, state = scene["toy"], scene["state"]
     one = replace(plain, weight_index=toy.weight_index[2:3])
     groups = NoiseGroups(("all", "g1", "g2"), np.concatenate([[0], rows, [0]]))
-    alone, spectra = groups.weigh(one, fourier.transform(toy.particles[2:3]), 3, state)
+    alone, spectra = groups.weigh(one, fourier.transform(toy.particles[2:3]), np.array([3]), state)
     np.testing.assert_array_equal(spectra[0], scene["spectra"][2])
     assert alone.weight_ids == (batch.weight_ids[batch.weight_index[2]],)
     np.testing.assert_array_equal(alone.weights[0], batch.weights[batch.weight_index[2]])
