@@ -247,6 +247,15 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None
+    reseed: Annotated[
+        bool | None,
+        typer.Option(
+            "--reseed/--no-reseed",
+            help="Begin a class that has become empty anew, from the particles the others explain worst.",
+            show_default="reseed, paper no-reseed",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     scale_correction: Annotated[
         bool,
         typer.Option(
@@ -808,6 +817,7 @@ def _iteration_line(record: IterationRecord, iterations: int, seconds: float) ->
         f"{part}{record.iteration:>{width}}/{iterations}  L {record.log_likelihood:.6e}  sigma {record.sigma:.4g}  "
         f"resolution {record.resolution:.1f} Å  classes {' '.join(map(str, record.class_sizes))}  "
         f"changed {100 * record.changed_class:.1f} %  poses {record.pose_change:.1f}°  {seconds:.1f} s"
+        + "".join(f"  class {k + 1} was empty: begun anew" for k in record.reseeded)
     )
 
 

@@ -212,6 +212,7 @@ class IterationRecord:
     converged: bool
     seconds: dict[str, float] = field(default_factory=dict)
     agreement: list[float] | None = None  # of two halves of the particles, per Fourier shell, see `resolution`
+    reseeded: list[int] = field(default_factory=list)  # classes, from 0, begun anew after it, see `reseeding`
     starts: list[float] | None = None  # log-likelihood of each random start after this iteration; the highest goes on
     part: str = ""  # of a run in several parts (`halves`): which this is
 

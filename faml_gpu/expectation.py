@@ -24,7 +24,8 @@ class BatchPosterior:
     particle, class_index (n,) int64; rotations (n, 3, 3); shifts (n, 3); probability (n,), sums to 1 per particle.
     residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose.
     log_likelihood (B,): logsumexp over classes and poses; class_probability (B, K), of all poses.
-    candidates: how many poses of all classes there were. scale (B,): see `fitted_scale`; None where not asked for.
+    candidates: how many poses of all classes there were. gain (B,): nats by which the likeliest pose is likelier than
+    no signal at all. scale (B,): see `fitted_scale`; None where not asked for.
     """
 
     particle: NDArray[np.int64]
@@ -36,6 +37,7 @@ class BatchPosterior:
     log_likelihood: NDArray[np.float64]
     class_probability: NDArray[np.float64]
     candidates: int
+    gain: NDArray[np.float64]
     scale: NDArray[np.float64] | None = None
 
 
@@ -104,6 +106,10 @@ def expectation(
         particle, class_index, pose = np.nonzero(kept)
         p = probability[kept]
         p /= np.bincount(particle, p, minlength=b)[particle]
+        residual = np.stack(residuals, axis=1)  # (B, K, n, r_max + 1)
+        best = residual.reshape(b, -1, r_max + 1)[np.arange(b), probability.reshape(b, -1).argmax(axis=1)]
+        weight = observation.weights[observation.weight_index] ** 2
+        own = to_host(observation.support.shell_sums(weight * abs(observation.spectra) ** 2))
         rotations = np.stack([to_host(c.rotations) for c in candidates])
         shifts = np.stack([to_host(c.shifts) for c in candidates])
         return BatchPosterior(
@@ -112,10 +118,11 @@ def expectation(
             rotations[class_index, particle, pose],
             shifts[class_index, particle, pose],
             p,
-            np.stack(residuals)[class_index, particle, pose],
+            residual[particle, class_index, pose],
             evidence,
             probability.sum(axis=2),
             n_candidates,
+            0.5 * (own - best) @ precision,
         )
 
 
@@ -124,8 +131,8 @@ def fitted_scale(
 ) -> NDArray[np.float64]:
     """What to multiply the average by, (B,), to explain each particle best in its most probable class and pose.
 
-    The least residual w^2 |X - s RA|^2 / sigma^2 is that of s = sum w^2 Re(X conj RA) / sigma^2 over sum w^2 |RA|^2 /
-    sigma^2. The first sum is half of what the residual with s = 1 is below those of X and of RA alone.
+    The least residual w^2 |X - s RA|^2 / sigma^2 is that of s = sum w^2 Re(X conj RA) / sigma^2 over P = sum w^2 |RA|^2
+    / sigma^2. The first sum is `gain` + P / 2.
 
     Parameters
     ----------
@@ -138,9 +145,7 @@ def fitted_scale(
     precision[1:] = 1 / sigma2[1 : support.r_max + 1]
     order = np.lexsort((posterior.probability, posterior.particle))
     best = order[np.searchsorted(posterior.particle[order], np.arange(b), side="right") - 1]
-    weight = observation.weights[observation.weight_index] ** 2
-    own = to_host(support.shell_sums(weight * abs(observation.spectra) ** 2))
-    power = np.zeros_like(own)
+    power = np.zeros(b)
     for k, reference in enumerate(references):
         here = posterior.class_index[best] == k
         shells = ops.residual(
@@ -154,9 +159,8 @@ def fitted_scale(
             support,
             reference.padding,
         )
-        power[here] = to_host(shells)[here, 0]
-    cross = 0.5 * (own + power - posterior.residual[best]) @ precision
-    return np.asarray(cross / np.maximum(power @ precision, np.finfo(np.float64).tiny))
+        power[here] = to_host(shells)[here, 0] @ precision
+    return np.asarray((posterior.gain + 0.5 * power) / np.maximum(power, np.finfo(np.float64).tiny))
 
 
 def _that_matter(

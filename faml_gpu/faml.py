@@ -31,6 +31,7 @@ from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import gathered, join, scattered
+from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
 
 __all__ = ["iterate", "run"]
@@ -202,9 +203,14 @@ def iterate(
         if plan.options.scale_correction:
             scales = np.concatenate([p.scale for p in posteriors if p.scale is not None])
             new.scale = new_scale(state.scale, scales[np.argsort(order)])
+        reseeded: list[int] = []
+        if plan.reseeds(new.iteration):
+            gain = np.concatenate([p.gain for p in posteriors])[np.argsort(order)]
+            new, reseeded = reseed(plan, particles, new, merged, gain, progress)
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
     row = record(plan, whole, checkpoint, new, merged, total, likelihood, clock)
     row = replace(row, agreement=None if agreement is None else [round(float(a), 4) for a in agreement])
+    row = replace(row, reseeded=reseeded)
     if plan.finds_axes(new.iteration):
         new, merged = onto_axes(plan, whole, new, merged)
     return Checkpoint(new, merged, [*checkpoint.history, row])

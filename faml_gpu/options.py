@@ -26,7 +26,7 @@ class Preset:
         on the "grid" of c~
     regularization : default of the option
     bandwidth : by "rule" (enough for the band and the mask, at most 36), or "fixed" at 36, as the authors' program
-    noise_groups, folds : defaults of the options
+    noise_groups, folds, reseed : defaults of the options
     """
 
     magnitudes: Literal["centred", "plain"]
@@ -40,11 +40,14 @@ class Preset:
     bandwidth: Literal["rule", "fixed"]
     noise_groups: Literal["auto", "none", "optics", "tomogram"]
     folds: int
+    reseed: bool
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset("centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto", 10),
-    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none", 1),
+    "default": Preset(
+        "centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto", 10, True
+    ),
+    "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none", 1, False),
 }
 
 
@@ -68,6 +71,8 @@ class Options:
     iterations : most iterations
     folds : each particle is compared with averages of the other particles: of so many folds all but its own; 1: with
         averages it is part of, as published (default: by preset; `fa` takes 1)
+    reseed : classes that have become empty are begun anew, a few times, from the particles that the others explain
+        worst (see `reseeding`; default: by preset)
     starts : random starts that are begun, of which the likeliest goes on
     seed : of all randomness
     device : "auto", "cpu" or "cuda[:i]"
@@ -101,6 +106,7 @@ class Options:
     update: Literal["explore", "ratio", "wiener", "printed"] | None = None
     iterations: int = 20
     folds: int | None = None
+    reseed: bool | None = None
     starts: int = 1
     seed: int = 0
     device: str = "auto"
@@ -178,6 +184,7 @@ class Options:
         """What the preset says, and the options that overrule it."""
         preset = PRESETS[self.preset]
         preset = replace(preset, noise_groups=self.noise_groups or preset.noise_groups, band=self.band or preset.band)
+        preset = replace(preset, reseed=preset.reseed if self.reseed is None else self.reseed)
         if self.method == "fa":
             return replace(preset, sampler="magnitude", update="ratio", folds=1)
         preset = replace(preset, folds=self.folds or preset.folds)

@@ -44,6 +44,7 @@ BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 EXPLORED = 0.25  # of the iterations, see `Plan.explores`
 FILLED = 0.99  # of Fourier space
+RESEED_EVERY, RESEED_LAST = 3, 0.8  # iterations, and share of them, see `Plan.reseeds`
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 EVIDENCE_PARTS = 10
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
@@ -147,6 +148,15 @@ class Plan:
             return False
         filled = coverage.size > 0 and coverage.min() >= FILLED
         return iteration < self.explored or (not filled and iteration < self._last_growing)
+
+    def reseeds(self, iteration: int) -> bool:
+        """Whether classes that are empty after an iteration are begun anew, see `reseeding`.
+
+        Every few iterations, so that a new class has the time to show that it is one; not at the end, nor before the
+        first structures are there.
+        """
+        due = iteration > self.explored and (iteration - self.explored) % RESEED_EVERY == 0
+        return self.options.choices.reseed and due and iteration <= RESEED_LAST * self.options.iterations
 
     def bandwidth(self, r_max: int) -> int:
         """L: given, 36 (`paper`), or enough for the band and the mask, at most 36."""

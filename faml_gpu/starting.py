@@ -102,8 +102,12 @@ def average_sums(
     posterior: Posterior,
     progress: Progress | None = None,
     state: State | None = None,
+    members: Int64 | None = None,
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64], NDArray[np.float64]]:
-    """Sums and weights (K, M) and mass (K,) of the M-step at full band, symmetry imposed; `state` as above."""
+    """Sums and weights (K, M) and mass (K,) of the M-step at full band, symmetry imposed; `state` as above.
+
+    Of all particles, or of `members`.
+    """
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     sums = np.zeros((n_classes, len(support)), np.complex128)
@@ -118,10 +122,11 @@ def average_sums(
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 
-    for s, w in plan.over_batches(particles, add, clock, progress, "averages"):
+    for s, w in plan.over_batches(particles, add, clock, progress, "averages", members):
         sums += to_host(s)
         weights += to_host(w)
-    mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
+    counted = posterior if members is None else gathered(posterior, members)
+    mass = np.bincount(counted.class_index, counted.probability, minlength=n_classes).astype(np.float64)
     return *plan.symmetrise(sums, weights, support, plan.options.symmetry), mass
 
 

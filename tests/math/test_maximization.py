@@ -32,6 +32,7 @@ def random_posterior(toy, rng):
         np.zeros(len(toy.particles)),
         np.zeros((len(toy.particles), 2)),
         len(entries),
+        np.zeros(len(toy.particles)),
     )
 
 

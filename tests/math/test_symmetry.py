@@ -148,6 +148,7 @@ class Small:
             log_likelihood=np.zeros(3),
             class_probability=np.full((3, 2), 0.5),
             candidates=12,
+            gain=np.zeros(3),
         )
 
     def accumulated(self, posterior: BatchPosterior) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ RANKS = [
     {"plan"},
     {"symmetry_axes"},
     {"starting", "history"},
+    {"reseeding"},
     {"faml"},
     {"halves"},
     {"run_folder"},
