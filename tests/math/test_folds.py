@@ -56,7 +56,9 @@ def test_averages_without_a_fold_and_what_is_compared_with_them(sampler):
     whole = replace(plan, options=replace(options, folds=1))
     first = iterate(plan, particles, start(plan, particles, None, None))
     assert first.state.apart.shape == (3, 1, 20, 20, 20)
-    second = iterate(plan, particles, first)
+    told = []
+    second = iterate(plan, particles, first, lambda *step: told.append(step))
+    assert [done for name, done, total in told if name == "iteration 2"] == [3, 5, 7]
     for fold, members in enumerate(plan.parts(N)):
         others = [i for i in range(N) if i not in members]
         expected = final_averages(whole, particles, alone(first.posterior, others))
