@@ -184,9 +184,10 @@ def iterate(
     total = maximization.Accumulators.zero(*size, n_curves=len(groups), parts=len(parts))
     for part, members in enumerate(parts):
         band = whole.holding_out(part)
-        with clock("references"):
-            references = band.references()
-        against = partial(e_step, band, references, [{} for _ in references])
+        if part == 0 or band is not whole:
+            with clock("references"):
+                references = band.references()
+            against = partial(e_step, band, references, [{} for _ in references])
         of_part = maximization.Accumulators.zero(*size, device=plan.device, n_curves=len(groups))
         before = sum(len(p) for p in parts[:part])
         for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members, before):
@@ -245,7 +246,7 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
         unseen=unseen,
         relative_noise=relative,
         noise_groups=old.noise_groups,
-        exploring=plan.explores(old.iteration + 1, covered[total.mass > 0]),
+        exploring=old.exploring and plan.explores(old.iteration + 1, covered[total.mass >= 1]),
     )
 
 
@@ -262,5 +263,5 @@ def new_averages(plan: Plan, band: Band, total: maximization.Accumulators) -> tu
         averages = maximization.update_average(total.sums, total.weights, total.mass, band.averages(), band.inside)
     maps = plan.helical(plan.to_maps(averages, band.output))
     for k in np.nonzero(total.mass <= 0)[0]:
-        maps[k] = band.state.maps[k]  # an empty class keeps its average, to be won back
+        maps[k] = band.unmasked[k]  # an empty class keeps its average, to be won back
     return plan.regularise(maps, total.mass, band.state.iteration + 1), unseen

@@ -37,12 +37,15 @@ def record(
     pose_change = float(np.median(_pose_change(before.posterior, now, point_group(band.symmetry))))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.
-    # The last change was not one of the band: this iteration and the one before both had all of it. Poses and averages
-    # may stand nearly still while a weak feature grows, so the likelihood is asked as well.
+    # The last change was not one of the band: this iteration and the one before both had all of it. No change of how
+    # averages are made, nor of their symmetry, is still to come. Poses and averages may stand nearly still while a weak
+    # feature grows, so the likelihood is asked as well.
     settled = (
         bool(before.history)
         and before.history[-1].r_max == band.r_max
         and plan.settled(new, band.r_max)
+        and not (before.state.exploring or new.exploring)
+        and plan.symmetry(new.iteration) == plan.options.symmetry
         and likelihood - before.history[-1].log_likelihood < CONVERGED_LIKELIHOOD * total.n
         and changed < CONVERGED_CHANGES
         and pose_change < 0.25 * 180 / bandwidth

@@ -47,7 +47,9 @@ FILLED = 0.99  # of Fourier space
 RESEED_EVERY, RESEED_LAST = 3, 0.8  # iterations, and share of them, see `Plan.reseeds`
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 EVIDENCE_PARTS = 10
+FOLDS = 2**31  # no iteration has this number: which particles are in which fold is drawn once, see `Plan.rng`
 UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
+LEAST_LEFT = 0.1  # see `Band.left`; of one voxel with a small mask around it less would be left
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
 
@@ -129,7 +131,7 @@ class Plan:
 
     @property
     def explored(self) -> int:
-        """Iterations of a random start at the lowest resolution, in which it finds its structure."""
+        """Iterations of a random start in which it finds its structure, whatever it has seen of it."""
         return int(EXPLORED * self.options.iterations)
 
     @property
@@ -289,12 +291,13 @@ class Plan:
     def parts(self, n: int) -> list[Int64]:
         """The n particles in parts whose sums are kept apart: folds, or what halves for the evidence are made of.
 
-        In turn in one of them: they may lie in the file sorted by class, and each part is to have some of each.
+        At random: they may lie in the file sorted by class, and each part is to have some of each.
         """
         wanted = self.options.choices.folds
         if self.by_evidence:
             wanted = max(wanted, EVIDENCE_PARTS)
-        return [np.arange(part, n, min(wanted, n)) for part in range(min(wanted, n))]
+        order = np.random.default_rng([self.options.seed, FOLDS]).permutation(n)
+        return [np.sort(part) for part in np.array_split(order, min(wanted, n))]
 
     def finds_axes(self, iteration: int) -> bool:
         """Whether the averages are brought onto the axes of the point group at the end of an iteration.
@@ -448,11 +451,15 @@ class Band:
         return self.plan.options.choices.sampler == "joint"
 
     @property
+    def unmasked(self) -> Float32:
+        """Averages (K, N, N, N): of all particles, or those without the fold that is held out."""
+        apart = self.state.apart
+        return self.state.maps if apart is None or self.held_out is None else apart[self.held_out]
+
+    @property
     def maps(self) -> Float32:
         """Averages (K, N, N, N) the particles are compared with, masked."""
-        apart = self.state.apart
-        maps = self.state.maps if apart is None or self.held_out is None else apart[self.held_out]
-        return maps * self.plan.mask
+        return self.unmasked * self.plan.mask
 
     def averages(self) -> NDArray[np.complex64]:
         """Their transforms (K, M) on the output support (on the host)."""
@@ -564,6 +571,7 @@ class Band:
         if not self.state.exploring:
             masked = to_device(plan.to_maps(averages, self.output) * plan.mask, plan.device)
             seen, share = to_host(self.output.gather(fourier.transform(masked))), float(np.mean(plan.mask**2))
+            seen = seen / np.sqrt(np.maximum(self.left, LEAST_LEFT))
         factor, power = maximization.wiener_factor(
             seen,
             copies * total.weights,
@@ -573,6 +581,20 @@ class Band:
         )
         unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device)).real
         return factor, to_host(unseen)
+
+    @cached_property
+    def left(self) -> NDArray[np.float64]:
+        """Share (M,) of the power of a masked map that is left at each voxel of the output support.
+
+        The mask spreads each voxel over its neighbours, and beyond the support there are none to spread it back: with
+        M the mask's transform, sum |M(xi - eta)|^2 over eta in the support, over that over all.
+        """
+        support = self.output.to("cpu")
+        box = self.plan.box
+        spread = fourier.inverse_transform(abs(fourier.transform(self.plan.mask)).astype(np.float64) ** 2, box)
+        inside = fourier.inverse_transform(support.scatter(np.ones(len(support), np.complex64)), box)
+        both = fourier.transform(spread * inside).real * box**3
+        return np.asarray(support.gather(both) / (spread[(box // 2,) * 3] * box**3))
 
     def accumulate(
         self, posterior: BatchPosterior, observation: Observation, batch: Batch, spectra: Array

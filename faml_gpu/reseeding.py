@@ -13,11 +13,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu import fourier, maximization
-from faml_gpu.array_backend import to_host
 from faml_gpu.data import ParticleSource, Posterior, Progress, State
 from faml_gpu.plan import Plan
-from faml_gpu.starting import average_sums
+from faml_gpu.starting import fold_averages
 
 __all__ = ["idle_classes", "reseed", "split"]
 
@@ -123,23 +121,13 @@ def reseed(
         shifts=posterior.shifts[rows],
         probability=posterior.probability[rows],
     )
-    r_max, members = plan.band(state).r_max, np.isin(new, changed)
-    symmetric = plan.with_symmetry(plan.symmetry(state.iteration))
-    sums = [
-        average_sums(symmetric, particles, moved, progress, state, part[members[part]])
-        for part in plan.parts(len(particles))
-    ]
-    total = [np.sum([s[i] for s in sums], axis=0) for i in range(3)]
-
-    def averages(sums: NDArray[np.complex128], weights: Float64, mass: Float64) -> NDArray[np.float32]:
-        support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
-        maps = maximization.direct_average(sums, weights, mass) * (to_host(support.shell) <= r_max)
-        return np.asarray(plan.helical(plan.to_maps(maps, support))[changed])
-
+    averages, without = fold_averages(
+        plan.with_symmetry(plan.symmetry(state.iteration)), particles, moved, progress, state,
+        r_max=plan.band(state).r_max, members=np.flatnonzero(np.isin(new, changed)),
+    )  # fmt: skip
     maps, apart = state.maps.copy(), None if state.apart is None else state.apart.copy()
-    maps[changed] = averages(*total)
-    if apart is not None:
-        for fold, own in enumerate(sums):
-            apart[fold][changed] = averages(*(t - o for t, o in zip(total, own, strict=True)))
+    maps[changed] = averages[changed]
+    if apart is not None and without is not None:
+        apart[:, changed] = without[:, changed]
     alpha = np.maximum(np.bincount(new, minlength=len(maps)), 0.5)
     return replace(state, maps=maps, apart=apart, alpha=alpha / alpha.sum()), filled

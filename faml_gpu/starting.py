@@ -16,7 +16,7 @@ from faml_gpu.plan import Band, Clock, Plan
 from faml_gpu.posteriors import gathered, in_frame, one_hot
 from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
-__all__ = ["average_sums", "final_averages", "onto_axes", "start"]
+__all__ = ["average_sums", "final_averages", "fold_averages", "onto_axes", "start"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -40,7 +40,7 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         if poses.classes is not None and set(poses.classes) == set(range(n_classes)):
             classes = poses.classes
     posterior = one_hot(classes, rotations, shifts, n_classes, known=poses is not None)
-    maps = final_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior)
+    maps, apart = fold_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior)
     # The paper takes one random particle and class; a curve per shell needs a few of them to be smooth.
     most, groups = 1 if plan.options.choices.noise == "single" else 20, noise_groups(particles, plan.options)
     curves = []
@@ -48,11 +48,19 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         chosen = np.sort(rng.choice(members, min(len(members), most), replace=False))
         curves.append(_initial_sigma2(plan, particles, chosen, maps, posterior))
     if reference is not None:
-        maps = np.repeat(plan.scaled_like(reference, maps.mean(axis=0))[None], n_classes, axis=0)
-    if reference is not None or poses is not None:
-        maps = plan.lowpass(maps)
-    maps = plan.regularise(maps, np.bincount(classes, minlength=n_classes).astype(np.float64), 0)
-    state = State(0, maps, np.full(n_classes, 1 / n_classes), curves[0], float(plan.box))
+        maps, apart = np.repeat(plan.scaled_like(reference, maps.mean(axis=0))[None], n_classes, axis=0), None
+
+    def prepared(maps: Float32, members: Int64) -> Float32:
+        if reference is not None or poses is not None:
+            maps = plan.lowpass(maps)
+        return plan.regularise(maps, np.bincount(classes[members], minlength=n_classes).astype(np.float64), 0)
+
+    everyone = np.arange(n)
+    maps = prepared(maps, everyone)
+    if apart is not None:
+        others = [np.setdiff1d(everyone, part) for part in plan.parts(n)]
+        apart = np.stack([prepared(without, members) for without, members in zip(apart, others, strict=True)])
+    state = State(0, maps, np.full(n_classes, 1 / n_classes), curves[0], float(plan.box), apart=apart)
     state.exploring = plan.explores(0, np.zeros(0))
     if len(groups) > 1:
         state.relative_noise, state.noise_groups = np.stack(curves) / curves[0], np.array(groups.names)
@@ -94,6 +102,37 @@ def final_averages(
     averages = maximization.direct_average(*average_sums(plan, particles, posterior, progress, state))
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     return plan.helical(plan.to_maps(averages, support))
+
+
+def fold_averages(
+    plan: Plan,
+    particles: ParticleSource,
+    posterior: Posterior,
+    progress: Progress | None = None,
+    state: State | None = None,
+    *,
+    r_max: int | None = None,
+    members: Int64 | None = None,
+) -> tuple[Float32, Float32 | None]:
+    """The same, and those without each fold of the particles (F, K, N, N, N); None where there is one fold.
+
+    Up to `r_max`, if given, and of `members` only.
+    """
+    n = len(particles)
+    wanted = np.arange(n) if members is None else members
+    parts = plan.parts(n) if plan.options.choices.folds > 1 else [np.arange(n)]
+    sums = [average_sums(plan, particles, posterior, progress, state, np.intersect1d(p, wanted)) for p in parts]
+    total = [np.sum([s[i] for s in sums], axis=0) for i in range(3)]
+    support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
+    inside = to_host(support.shell) <= (plan.box if r_max is None else r_max)
+
+    def averages(sums: NDArray[np.complex128], weights: NDArray[np.float64], mass: NDArray[np.float64]) -> Float32:
+        return plan.helical(plan.to_maps(maximization.direct_average(sums, weights, mass) * inside, support))
+
+    if len(parts) == 1:
+        return averages(*total), None
+    apart = [averages(*(t - o for t, o in zip(total, own, strict=True))) for own in sums]
+    return averages(*total), np.stack(apart)
 
 
 def average_sums(

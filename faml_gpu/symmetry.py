@@ -135,8 +135,8 @@ def symmetrise(
 
     Copies under rotations that map the voxel grid onto itself (the identity, 90 and 180 degrees about the axes ...) are
     looked up, so exact; others are interpolated: the sums as references are (padded, in the kernel's compensation), the
-    weights like particles' weights. This costs g rotations of one volume per class, where `expand` before the
-    accumulation, its alternative, costs g times the accumulation.
+    weights like particles' weights. This costs g rotations of one volume per class, where copies of every
+    entry before the accumulation would cost g times that.
 
     Parameters
     ----------
@@ -161,15 +161,14 @@ def symmetrise(
         new_weights += weights[:, row]
     turned = xp.asarray(np.ascontiguousarray(group[~on_grid]))
     if len(turned):
-        volumes = inverse_transform(support.scatter(sums), support.box)
-        grids = interpolation_grid(volumes, support.r_max, padding)
-        weight_grids = weight_grid(support.scatter(weights), support.r_max)
-        for k, (grid, weight) in enumerate(zip(grids, weight_grids, strict=True)):
+        for k in range(len(sums)):  # one at a time: there are as many as folds times classes, and grids are large
+            volume = inverse_transform(support.scatter(sums[k]), support.box)
+            grid = interpolation_grid(volume, support.r_max, padding)
+            weight = weight_grid(support.scatter(weights[k]), support.r_max).astype(grid.dtype)
             for rotation in turned:
                 # (S A)(xi) = A(S^T xi): with S the inverses too are in the group, and the order does not matter.
                 new_sums[k] += ops.rotate(grid, rotation[None], support.coords, padding)[0]
-                as_complex = weight.astype(grid.dtype)
-                new_weights[k] += ops.rotate(as_complex, rotation[None], support.coords, 1)[0].real
+                new_weights[k] += ops.rotate(weight, rotation[None], support.coords, 1)[0].real
     return new_sums / len(group), new_weights / len(group)
 
 

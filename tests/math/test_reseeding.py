@@ -104,8 +104,9 @@ def test_new_averages_are_those_of_the_new_classes(folds):
     support = fourier.make_support(20, fourier.full_band(20))
     inside = support.shell <= plan.band(state).r_max
     assert not inside.all()
+    parts = plan.parts(16)
     for fold in range(-1, folds if folds > 1 else 0):
-        others = np.array([i for i in range(16) if fold < 0 or i % folds != fold])
+        others = np.arange(16) if fold < 0 else np.setdiff1d(np.arange(16), parts[fold])
         known = one_hot((np.arange(16) >= 12).astype(int), data.rotations, data.shifts, 2, known=True)
         known.probability[0] = 0.9
         expected = plan.to_maps(direct_average(*average_sums(plan, particles, known, members=others)) * inside, support)
@@ -140,7 +141,7 @@ def test_a_structure_hidden_in_the_class_of_another_is_found():
         checkpoint = start(plan, particles, None, Poses(data.rotations, data.shifts))
         state = checkpoint.state
         state.iteration, state.alpha = 7, np.array([0.97, 0.03])  # 5 + 3 is the first at which classes are begun anew
-        state.maps = np.stack([state.maps.mean(axis=0), np.zeros_like(state.maps[0])])
+        state.maps, state.apart = np.stack([state.maps.mean(axis=0), np.zeros_like(state.maps[0])]), None
         rows = []
         for _ in range(3):
             checkpoint: Checkpoint = iterate(plan, particles, checkpoint)

@@ -170,6 +170,40 @@ def test_a_particle_stands_out_from_the_noise_within_its_mask(oracles, rng):
     assert ours < 0.2 * plain
 
 
+@pytest.mark.parametrize("radius", [5.0, 12.8])
+def test_what_the_mask_spreads_beyond_the_band_is_not_missed(radius, rng):
+    """White noise, cut off at the band and masked: what is left at each voxel. And C, the same at the band's edge."""
+    box, r = 32, 8
+    particles = ArrayParticles(rng.standard_normal((2, box, box, box)), 1.0)
+    plan = Plan.make(particles, Options(mask_radius=radius, update="wiener"))
+    state = replace(start(plan, particles, None, None).state, sigma2=np.full(plan.n_shells, float(box**3)))
+    band = Band(plan, state, r, r)
+    shell = band.output.shell
+
+    def per_shell(values):
+        return (np.bincount(shell, values) / np.maximum(np.bincount(shell), 1))[1:]
+
+    def seen(volumes):
+        cut = band.output.scatter(band.output.gather(fourier.transform(volumes)))
+        return band.output.gather(fourier.transform(fourier.inverse_transform(cut, box) * plan.mask))
+
+    noise = rng.standard_normal((60, box, box, box)).astype(np.float32)
+    power = (abs(seen(noise)) ** 2).mean(axis=0) / (box**3 * np.mean(plan.mask**2))
+    np.testing.assert_allclose(per_shell(power), per_shell(band.left), rtol=0.1)
+    assert per_shell(band.left)[-1] < 0.75  # there is something to be mended
+
+    # As much signal as noise in each voxel: C = 1/2 up to the edge.
+    factors = []
+    for k in range(8):
+        signal = rng.standard_normal((box, box, box)).astype(np.float32)
+        spectrum = band.output.gather(fourier.transform((signal + noise[k])[None])).astype(complex)
+        total = replace(Accumulators.zero(1, len(shell), r), weights=np.ones((1, len(shell))), mass=np.ones(1))
+        factors.append(per_shell(band.wiener(spectrum, total)[0]))
+    found = np.mean(factors, axis=0)
+    np.testing.assert_allclose(found[2:], 0.5, atol=0.08)  # tau^2 is of few numbers, in the first shells fewest
+    assert found[-1] > 0.45
+
+
 def test_wiener_factor_pools_classes_and_survives_nothing():
     """By hand: W of a class of average size, tau^2 of all; an empty class, an empty shell, a shell of noise."""
     shell = np.array([1, 1, 2, 3, 3])
