@@ -145,6 +145,18 @@ class Options:
                 "joint",
                 "'magnitude': method 'fa' takes one pose and integrates over none",
             ),
+            (
+                not (self.folds not in (None, 1) and self.method == "fa"),
+                "folds",
+                self.folds,
+                "1: method 'fa' compares with averages of all particles",
+            ),
+            (
+                not (self.update not in (None, "ratio") and self.method == "fa"),
+                "update",
+                self.update,
+                "'ratio': that of method 'fa'",
+            ),
             (self.iterations >= 1, "iterations", self.iterations, "at least 1"),
             (self.folds is None or 1 <= self.folds <= 1000, "folds", self.folds, "1 to 1000"),
             (1 <= self.starts <= 1000, "starts", self.starts, "1 to 1000"),

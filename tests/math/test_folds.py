@@ -47,11 +47,17 @@ def test_parts_hold_every_particle_once():
         assert len(np.unique(part % 10)) > 5
     assert sorted(sizes(25, folds=4)) == [6, 6, 6, 7]
     assert sizes(3) == [1, 1, 1]
-    for whole in ({"folds": 1}, {"preset": "paper"}, {"method": "fa"}, {"method": "fa", "folds": 5}):
+    for whole in ({"folds": 1}, {"preset": "paper"}, {"method": "fa"}):
         assert sizes(100, **whole) == [100]
     assert len(sizes(100, folds=1, band="evidence")) == 10
-    with pytest.raises(InputError, match="option folds: found 0"):
-        Options(folds=0)
+    for wrong, found in (
+        ({"folds": 0}, "option folds: found 0"),
+        ({"folds": 5, "method": "fa"}, "option folds: found 5"),
+    ):
+        with pytest.raises(InputError, match=found):
+            Options(**wrong)
+    with pytest.raises(InputError, match="option update: found 'wiener'"):
+        Options(update="wiener", method="fa")
 
 
 @pytest.mark.parametrize("sampler", ["joint", "magnitude"])
@@ -133,3 +139,29 @@ def test_a_class_that_only_a_fold_has_particles_of_keeps_what_others_made_of_it(
     new = maximize(plan, band, first.state, total)
     np.testing.assert_array_equal(new.apart[1, 1], first.state.apart[1, 1])
     assert not np.array_equal(new.apart[1, 1], first.state.maps[1])
+
+
+def test_exploring_ends_once_for_all_and_asks_classes_that_have_particles():
+    particles = boxes(0.3)
+    options = replace(OPTIONS, folds=1, n_classes=2, update="explore", band="growing", iterations=20)
+    plan = Plan.make(particles, options)
+    begun = start(plan, particles, None, None)
+    assert begun.state.exploring
+    assert iterate(plan, particles, begun).state.exploring
+    begun.state.exploring = False
+    assert not iterate(plan, particles, begun).state.exploring
+
+    def explores(mass, seen):
+        """After iteration 6, past the quarter: only coverage counts."""
+        state = replace(begun.state, iteration=6, exploring=True)
+        band = plan.band(state)
+        total = Accumulators.zero(2, len(band.output), band.r_max)
+        total.mass[:], total.n, total.shift2 = mass, N, 1.0
+        total.weights[:] = np.array(seen)[:, None]
+        total.residual += 1.0
+        total.observed += 1.0
+        return maximize(plan, band, state, total).exploring
+
+    assert explores([4, 3], [4, 0])
+    assert not explores([4, 3], [4, 3])
+    assert not explores([6.9, 0.1], [4, 0])

@@ -204,6 +204,27 @@ def test_what_the_mask_spreads_beyond_the_band_is_not_missed(radius, rng):
     assert found[-1] > 0.45
 
 
+def test_copies_count_as_particles(oracles, rng):
+    """With C3 imposed each particle was seen in three poses."""
+    box = 16
+    volume = oracles.blob_volume(box, *oracles.blobs(rng, 6, 4.0, 1.0)).astype(np.float32)
+    particles = ArrayParticles(rng.standard_normal((2, box, box, box)), 1.0)
+    plan = Plan.make(particles, Options(mask_radius=5.0, max_shift=1.0))
+    state = start(plan, particles, None, None).state
+    whole = Band(plan, state, 6, 6).output
+    sigma2 = np.full(plan.n_shells, 5 * (abs(whole.gather(fourier.transform(volume))) ** 2).mean())
+    state = replace(state, sigma2=sigma2, iteration=15, exploring=False)
+    factors = []
+    for symmetry, weight in (("C3", 1.0), ("C1", 3.0)):
+        band = Band(plan.with_symmetry(symmetry), state, 6, 6)
+        spectrum = band.output.gather(fourier.transform(volume[None])).astype(complex)
+        weights = np.full((1, len(band.output)), weight)
+        total = replace(Accumulators.zero(1, len(band.output), 6), weights=weights, mass=np.array([weight]))
+        factors.append(band.wiener(spectrum, total)[0])
+    np.testing.assert_allclose(factors[0], factors[1], rtol=1e-6)
+    assert 0.1 < factors[0].mean() < 0.9
+
+
 def test_wiener_factor_pools_classes_and_survives_nothing():
     """By hand: W of a class of average size, tau^2 of all; an empty class, an empty shell, a shell of noise."""
     shell = np.array([1, 1, 2, 3, 3])
