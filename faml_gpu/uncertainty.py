@@ -101,10 +101,10 @@ def preferred_orientations(
 def shifts_at_limit(shifts: Float64, max_shift: float, voxel_size: float) -> list[str]:
     """A warning if the best shifts pile up at the largest that is looked at: those beyond it were never found.
 
-    shifts (N, 3) voxels; max_shift Angstrom; voxel_size Angstrom.
+    shifts (N, 3) voxels; max_shift Angstrom; voxel_size Angstrom. Fewer than `FEWEST` particles tell nothing.
     """
     share = float((np.linalg.norm(shifts, axis=1) * voxel_size >= LIMIT * max_shift).mean())
-    if share <= PILED_UP:
+    if len(shifts) < FEWEST or share <= PILED_UP:
         return []
     return [
         f"{100 * share:.0f} % of the particles were found as far off the centre of their box as was looked at "

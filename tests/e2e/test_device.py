@@ -55,7 +55,9 @@ def assert_same(found: Result, expected: Result) -> None:
     [
         {},
         {"preset": "paper"},
-        {"sampler": "magnitude"},
+        # Of seven particles in as many folds two poses tie, by averages of six: rounding decides, and the next
+        # iteration shows it. The default has folds.
+        {"sampler": "magnitude", "folds": 1},
         {"method": "fa"},
         {"n_classes": 1, "normalize": False, "invert": True, "padding": 1},
     ],

@@ -355,6 +355,8 @@ def test_a_start_with_nothing_beyond_it_is_refused(asked: float, small_star: Pat
 # --- what they show ------------------------------------------------------------------------------------------
 
 
+# Noise lies anywhere, and one of two classes may take all of it.
+@pytest.mark.filterwarnings("ignore:.*raise --max-shift", "ignore:class .. found 0 particles")
 @pytest.mark.parametrize(("n_classes", "start"), [(1, "random"), (1, "wrong"), (2, "random")])
 def test_noise_shows_nothing_beyond_its_start(n_classes: int, start: str, tmp_path: Path) -> None:
     weight = missing_wedge(BOX, (-60.0, 60.0))
@@ -372,8 +374,9 @@ def test_noise_shows_nothing_beyond_its_start(n_classes: int, start: str, tmp_pa
         candidates=8,
         threads=2,
     )
-    assert max(found.curves.corrected[2] for found in result.halves) > 0.5  # they do agree, on the start
-    for k, found in enumerate(result.halves, start=1):
+    shown = [(k, found) for k, found in enumerate(result.halves, start=1) if found is not None]
+    assert max(found.curves.corrected[2] for _, found in shown) > 0.5  # they do agree, on the start
+    for k, found in shown:
         assert not found.beyond_start
         assert found.resolution == 120.0
         name = "postprocess.star" if n_classes == 1 else f"postprocess_class{k:03d}.star"

@@ -21,8 +21,9 @@ BOX, VOXEL, RADIUS = 24, 16.0, 100.0
 @pytest.fixture(scope="module")
 def simulation() -> Simulation:
     return simulate_particles(
-        [groel()], [40], box=BOX, voxel_size=VOXEL, snr=0.02, tilt_range=(-60.0, 60.0), seed=3, resolution=36.0
-    )
+        [groel()], [40], box=BOX, voxel_size=VOXEL, snr=0.02, tilt_range=(-60.0, 60.0), seed=3, resolution=36.0,
+        max_shift=1.5,
+    )  # fmt: skip
 
 
 def averaged(simulation: Simulation, known: bool = False, **options: object) -> Result:

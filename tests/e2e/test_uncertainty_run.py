@@ -10,6 +10,8 @@ import pytest
 import starfile
 
 import faml_gpu
+from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.simulate import groel, simulate_particles
 
 
 def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
@@ -27,16 +29,16 @@ def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
     model = starfile.read(out / "run_it001_model.star")["model_classes"]
     assert {"famlEffectiveParticles", "famlAngularCoverage", "famlFourierCoverage"} <= set(model.columns)
     assert json.loads((out / "run.json").read_text())["warnings"] == []
-    with pytest.warns(UserWarning, match="raise --max-shift"):
-        faml_gpu.average(
-            small_star,
-            out,
-            tilt_range=(-60, 60),
-            iterations=1,
-            device="cpu",
-            bandwidth=6,
-            max_shift=15.0,
-            overwrite=True,
-        )
-    assert len(json.loads((out / "run.json").read_text())["warnings"]) == 1
+    faml_gpu.average(
+        small_star, out, tilt_range=(-60, 60), iterations=1, device="cpu", sampler="magnitude", bandwidth=6,
+        overwrite=True,
+    )  # fmt: skip
     assert "famlClassProbability002" not in starfile.read(out / "run_class_posteriors.star").columns
+
+
+def test_shifts_beyond_what_is_looked_at_are_told(tmp_path: Path) -> None:
+    data = simulate_particles([groel()], [12], box=16, voxel_size=24.0, snr=0.5, max_shift=1.5, seed=1)
+    particles = ArrayParticles(data.boxes, data.voxel_size, data.weight)
+    with pytest.warns(UserWarning, match="raise --max-shift"):
+        faml_gpu.average(particles, tmp_path / "out", iterations=1, device="cpu", bandwidth=6, max_shift=15.0)
+    assert len(json.loads((tmp_path / "out/run.json").read_text())["warnings"]) == 1

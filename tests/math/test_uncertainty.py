@@ -90,3 +90,5 @@ def test_warning_of_shifts_that_pile_up_at_the_limit(rng: np.random.Generator) -
     share = (np.linalg.norm(cut, axis=1) > 0.9 * 6).mean()
     assert text.startswith(f"{100 * share:.0f} %")
     assert shifts_at_limit(cut, 14.0, 2.0) == []
+    assert shifts_at_limit(6 * directions[:9], 12.0, 2.0) == []
+    assert len(shifts_at_limit(6 * directions[:10], 12.0, 2.0)) == 1
