@@ -483,7 +483,7 @@ def evaluate(
     Tells how well classes, angles, origins and maps agree, and the signal-to-noise ratio.
     """
     with _ending(Resume(None, "nothing was changed")):
-        from faml_gpu.evaluation import evaluate, make_folder, print_tables, write_evaluation
+        from faml_gpu.evaluation import FILTERS, evaluate, make_folder, print_tables, write_evaluation
 
         status = Console(stderr=True)
         if output is not None:
@@ -494,7 +494,7 @@ def evaluate(
                 truth=truth,
                 truth_maps=truth_map or [],
                 radius=radius,
-                filters=lowpass or (20.0, 30.0),
+                filters=lowpass or FILTERS,
                 point_group=point_group or ["C1"],
                 symmetry_order=symmetry_order,
                 symmetry_axis=symmetry_axis,
