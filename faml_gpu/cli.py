@@ -138,8 +138,8 @@ class Shared:
         Literal["explore", "ratio", "wiener", "printed"] | None,
         typer.Option(
             help="How averages are made. ratio: divided by their coverage. wiener: besides, noise held down, and no "
-            "orientation favoured because of the missing wedge. explore: wiener, with more held down until "
-            "orientations are found. printed: the paper's Eq. 10.",
+            "orientation favoured because of the missing wedge. explore: wiener, with more held down at first, ever "
+            "less as detail grows. printed: the paper's Eq. 10.",
             show_default="explore, paper printed",
             rich_help_panel=METHOD_PANEL,
         ),

@@ -115,7 +115,6 @@ class State:
     zeta : standard deviation of the shifts, voxels
     unseen : (F or 1, N, N, N//2 + 1) float32 or None, the power the averages (those without each fold) are expected to
         have at a Fourier voxel beside what the particles have told, see `maximization.wiener_factor`
-    exploring : orientations are still being looked for, see `Plan.explores`
     apart : (F, K, N, N, N) float32 or None, the class averages without the particles of each fold
     r_max : Fourier shells the data back, where they decide how far the band may reach, see `resolution`
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
@@ -134,7 +133,6 @@ class State:
     noise_groups: NDArray[np.str_] | None = None
     scale: Float64 | None = None
     r_max: int | None = None
-    exploring: bool = False
     apart: Float32 | None = None
 
     @property

@@ -220,9 +220,10 @@ def iterate(
 def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulators) -> State:
     """New A, alpha, sigma, zeta from the sums of the E-step (Eq. 10-13)."""
     total, apart = by_part.together(), None
-    maps, unseen = new_averages(plan, band, total)
+    noise = band.noise_of_averages(by_part)
+    maps, unseen = new_averages(plan, band, total, noise)
     if plan.options.choices.folds > 1:
-        held_out = [new_averages(plan, band.holding_out(f), by_part.without(f)) for f in range(by_part.parts)]
+        held_out = [new_averages(plan, band.holding_out(f), by_part.without(f), noise) for f in range(by_part.parts)]
         apart = np.stack([averages for averages, _ in held_out])
         if unseen is not None:
             unseen = np.concatenate([power for _, power in held_out if power is not None])
@@ -234,7 +235,6 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
         relative = maximization.new_relative_noise(
             total.residual, total.observed, old.group_sigma2, sigma2, per_shell=per_shell
         )
-    covered = maximization.covered(total.weights, total.mass)
     return State(
         iteration=old.iteration + 1,
         maps=maps,
@@ -246,18 +246,19 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
         unseen=unseen,
         relative_noise=relative,
         noise_groups=old.noise_groups,
-        exploring=old.exploring and plan.explores(old.iteration + 1, covered[total.mass >= 1]),
     )
 
 
-def new_averages(plan: Plan, band: Band, total: maximization.Accumulators) -> tuple[Float32, Float32 | None]:
+def new_averages(
+    plan: Plan, band: Band, total: maximization.Accumulators, noise: NDArray[np.float64]
+) -> tuple[Float32, Float32 | None]:
     """New A (K, N, N, N) (Eq. 10), and what is unseen of them (1, N, N, N//2 + 1) where that counts."""
     unseen = None
     if plan.update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
     elif plan.update == "wiener":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
-        factor, unseen = band.wiener(averages, total)
+        factor, unseen = band.wiener(averages, total, noise)
         averages *= factor
     else:
         averages = maximization.update_average(total.sums, total.weights, total.mass, band.averages(), band.inside)

@@ -44,7 +44,7 @@ def record(
         bool(before.history)
         and before.history[-1].r_max == band.r_max
         and plan.settled(new, band.r_max)
-        and not (before.state.exploring or new.exploring)
+        and plan.caution(before.state.iteration) == 1
         and plan.symmetry(new.iteration) == plan.options.symmetry
         and likelihood - before.history[-1].log_likelihood < CONVERGED_LIKELIHOOD * total.n
         and changed < CONVERGED_CHANGES

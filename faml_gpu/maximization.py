@@ -103,6 +103,19 @@ class Accumulators:
         added = {name: self._rows(name)[others].sum(axis=0) for name in ("sums", "weights", "mass")}
         return replace(self, parts=1, **added)
 
+    def scatter(self) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
+        """How far the sums of each part differ from what the averages of all say, (parts, K, M), and the freedom (M,).
+
+        S_p - W_p S / W: noise of variance v in each particle leaves v W_p (1 - W_p / W) of it in a voxel. The second is
+        that of all parts and classes together, for v = 1. 0 where next to nothing was observed.
+        """
+        sums, weights = self._rows("sums"), self._rows("weights")
+        whole, mass = weights.sum(axis=0), self._rows("mass").sum(axis=0)
+        averages = direct_average(sums.sum(axis=0), whole, mass)
+        seen = whole >= COVERAGE_FLOOR * mass[:, None]
+        free = np.where(seen, weights * (1 - weights / np.where(whole > 0, whole, 1)), 0)
+        return np.where(seen, sums - weights * averages, 0), free.sum(axis=(0, 1))
+
     def _rows(self, name: str) -> Array:
         rows: Array = getattr(self, name)
         return rows.reshape(self.parts, -1, *rows.shape[1:])
@@ -254,6 +267,7 @@ def wiener_factor(
     mass: NDArray[np.float64],
     noise: NDArray[np.float64],
     shell: NDArray[np.int64],
+    caution: float = 1.0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """C = W / (W + noise / tau^2), which holds averages down where they are mostly noise.
 
@@ -276,6 +290,8 @@ def wiener_factor(
         Noise variance per Fourier shell of a particle within the mask.
     shell : (M,)
         Shell of each voxel, below S.
+    caution : float
+        The noise in C counts so many times (in tau^2 it is what it is), see `Plan.caution`.
 
     Returns
     -------
@@ -290,7 +306,7 @@ def wiener_factor(
     tau2 = np.bincount(shell, excess.sum(axis=0)) / np.maximum(np.bincount(shell, seen.sum(axis=0)), tiny)
     signal = np.maximum(tau2, 0)[shell]
     each = weights.mean(axis=0) * signal
-    determined = each / np.maximum(each + variance, tiny)
+    determined = each / np.maximum(each + caution * variance, tiny)
     return determined, signal * (1 - determined)
 
 

@@ -65,8 +65,8 @@ class Options:
         (default: by preset; `fa` takes "magnitude")
     update : averages as the weighted "ratio" sum P R^-1(w X) / sum P R^-1 w, which maximises the likelihood over A in
         one step; the same with noise held down and no orientation favoured for being seen ("wiener", see
-        `maximization.wiener_factor`); "explore", the second, and more held down while orientations are looked for (see
-        `Plan.explores`); or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only
+        `maximization.wiener_factor`); "explore", the second, and more held down at first (see
+        `Plan.caution`); or Eq. 10 as "printed", which fills the missing wedge from the old average and so moves only
         part of the way, and interpolates w and w X apart (default: by preset; `fa` takes "ratio")
     iterations : most iterations
     folds : each particle is compared with averages of the other particles: of so many folds all but its own; 1: with

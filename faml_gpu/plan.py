@@ -42,8 +42,7 @@ Done = TypeVar("Done")
 BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
 BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
-EXPLORED = 0.25  # of the iterations, see `Plan.explores`
-FILLED = 0.99  # of Fourier space
+EXPLORED = 0.25  # of the iterations, see `Plan.explored`
 RESEED_EVERY, RESEED_LAST = 3, 0.8  # iterations, and share of them, see `Plan.reseeds`
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 EVIDENCE_PARTS = 10
@@ -140,16 +139,18 @@ class Plan:
         chosen = self.options.choices.update
         return "wiener" if chosen == "explore" else chosen
 
-    def explores(self, iteration: int, coverage: NDArray[np.float64]) -> bool:
-        """Whether the next iteration still looks for orientations, after one that left the classes so much covered.
+    def caution(self, iteration: int) -> float:
+        """How many times its variance the noise in the averages of an iteration counts (`maximization.wiener_factor`).
 
-        At first, and until Fourier space is full or the band is whole: an average that is sure of what it has seen
-        keeps particles where they lie, and its wedge for good. A start from a map or from poses knows its orientations.
+        An average that is sure of what it has seen keeps particles where they lie, and its missing wedge for good. So a
+        random start begins as if the noise of the whole box lay within the mask, and is less and less wary while the
+        band grows: what comes at once sends all particles to what is unseen, and back. A start from a map or from poses
+        knows its orientations.
         """
         if self.options.choices.update != "explore" or self.initial_lowpass is not None:
-            return False
-        filled = coverage.size > 0 and coverage.min() >= FILLED
-        return iteration < self.explored or (not filled and iteration < self._last_growing)
+            return 1.0
+        left = max(0.0, 1 - iteration / self._last_growing)
+        return float(np.mean(self.mask**2) ** -left)
 
     def reseeds(self, iteration: int) -> bool:
         """Whether classes that are empty after an iteration are begun anew, see `reseeding`.
@@ -559,28 +560,47 @@ class Band:
         sums, weights = self.plan.symmetrise(total.sums, total.weights, self.output, self.symmetry)
         return replace(total, sums=sums, weights=weights)
 
+    def noise_of_averages(self, by_part: maximization.Accumulators) -> NDArray[np.float64]:
+        """Variance (S,) per Fourier shell of what a particle adds to the averages beside signal, see `wiener_factor`.
+
+        Measured by how far the parts of the particles differ within the mask: beside it lie neighbours, and poses that
+        are not sure average noise as well as signal. As long as a random start is wary it takes the mask's share of the
+        noise of the box, which is more while poses are unsure.
+        """
+        noise = self.state.sigma2 * float(np.mean(self.plan.mask**2))
+        if self.plan.caution(self.state.iteration + 1) > 1:
+            return noise
+        residuals, freedom = by_part.scatter()
+        power = sum((abs(self._within_mask(r)) ** 2).sum(axis=0) for r in residuals)
+        shell = to_host(self.output.shell)
+        power, free = (np.bincount(shell, x, len(noise)) for x in (power, freedom))
+        copies = symmetry.order(self.symmetry)
+        return np.where(free > 0, copies * power / np.maximum(free, np.finfo(np.float64).tiny), noise)
+
     def wiener(
-        self, averages: NDArray[np.complex128], total: maximization.Accumulators
+        self, averages: NDArray[np.complex128], total: maximization.Accumulators, noise: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], Float32]:
         """Factor (M,) for the averages (K, M) on the output support, and the power that leaves unseen (1, half cube).
 
-        While it explores, a voxel counts as known if it stands out from the noise of the whole box.
+        noise (S,): see `noise_of_averages`.
         """
-        plan, copies = self.plan, symmetry.order(self.symmetry)  # each particle shows the structure in so many poses
-        seen, share = averages, 1.0
-        if not self.state.exploring:
-            masked = to_device(plan.to_maps(averages, self.output) * plan.mask, plan.device)
-            seen, share = to_host(self.output.gather(fourier.transform(masked))), float(np.mean(plan.mask**2))
-            seen = seen / np.sqrt(np.maximum(self.left, LEAST_LEFT))
+        copies = symmetry.order(self.symmetry)  # each particle shows the structure in so many poses
         factor, power = maximization.wiener_factor(
-            seen,
+            self._within_mask(averages),
             copies * total.weights,
             copies * total.mass,
-            share * self.state.sigma2,
+            noise,
             to_host(self.output.shell),
+            self.plan.caution(self.state.iteration + 1),
         )
-        unseen = self.output.scatter(to_device(power[None].astype(np.complex64), plan.device)).real
+        unseen = self.output.scatter(to_device(power[None].astype(np.complex64), self.plan.device)).real
         return factor, to_host(unseen)
+
+    def _within_mask(self, averages: NDArray[np.complex128]) -> NDArray[np.complex64]:
+        """Averages (K, M) on the output support, masked, with the power that this spreads beyond the support."""
+        masked = to_device(self.plan.to_maps(averages, self.output) * self.plan.mask, self.plan.device)
+        seen = to_host(self.output.gather(fourier.transform(masked)))
+        return np.asarray(seen / np.sqrt(np.maximum(self.left, LEAST_LEFT)))
 
     @cached_property
     def left(self) -> NDArray[np.float64]:

@@ -37,7 +37,7 @@ from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_ent
 
 __all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint", "writing"]
 
-FORMAT = 2  # of run.json and of the checkpoints
+FORMAT = 3  # of run.json and of the checkpoints
 CHECKPOINTS_KEPT = 2
 LOCK = ".run.lock"
 

@@ -61,7 +61,6 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         others = [np.setdiff1d(everyone, part) for part in plan.parts(n)]
         apart = np.stack([prepared(without, members) for without, members in zip(apart, others, strict=True)])
     state = State(0, maps, np.full(n_classes, 1 / n_classes), curves[0], float(plan.box), apart=apart)
-    state.exploring = plan.explores(0, np.zeros(0))
     if len(groups) > 1:
         state.relative_noise, state.noise_groups = np.stack(curves) / curves[0], np.array(groups.names)
     return Checkpoint(state, posterior, [])

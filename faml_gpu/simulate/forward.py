@@ -93,7 +93,7 @@ def simulate_particles(
     snr: float,
     tilt_range: tuple[float, float] = (-60.0, 60.0),
     tilt_axis: Literal["x", "y"] = "y",
-    max_shift: float = 3.0,
+    max_shift: float | None = None,
     seed: int = 0,
     rotations: ArrayLike | None = None,
     resolution: float | None = None,
@@ -111,7 +111,7 @@ def simulate_particles(
     snr : variance of the signal in the box over that of the white noise, before the wedge
     tilt_range : lowest and highest tilt, degrees
     tilt_axis : "x" or "y"
-    max_shift : voxels; shifts are uniform in ± this on each axis
+    max_shift : voxels; shifts are uniform in ± this on each axis; None is 3 of a box of 64, and as much of others
     seed : of all randomness
     rotations : (N_p, 3, 3) array to use, class by class; None draws them from the Haar measure
     resolution : Angstrom, see `density`
@@ -137,12 +137,13 @@ def simulate_particles(
     weight = missing_wedge(box, tilt_range, tilt_axis)
     boxes = np.empty((n, box, box, box), dtype=np.float32)
     true_rotations, true_shifts = np.empty((n, 3, 3)), np.empty((n, 3))
+    widest = 3 * box / 64 if max_shift is None else max_shift
     first = np.concatenate([[0], np.cumsum(counts)])
     for i, k in enumerate(classes.tolist()):
         rng = np.random.default_rng([seed, k, i - first[k]])
         drawn = random_rotations(1, rng)[0]
         true_rotations[i] = drawn if given is None else given[i]
-        true_shifts[i] = rng.uniform(-max_shift, max_shift, 3)
+        true_shifts[i] = rng.uniform(-widest, widest, 3)
         boxes[i] = simulate_particle(
             phantoms[k],
             true_rotations[i],

@@ -53,18 +53,18 @@ def test_a_run_has_converged_when_its_likelihood_has_too(monkeypatch):
     first = faml.iterate(plan, particles, start(plan, particles, None, None))
     faml.iterate(plan, particles, first)
     plan, band, before, new, _, total, _, clock = asked[-1]
-    before = replace(before, state=replace(before.state, exploring=False))
-    still, least = replace(new, maps=before.state.maps, exploring=False), before.history[-1].log_likelihood
+    before = replace(before, state=replace(before.state, iteration=15))
+    still, least = replace(new, maps=before.state.maps, iteration=16), before.history[-1].log_likelihood
 
     def ends(plan=plan, before=before, new=still, gain=0.0):
         return record(plan, band, before, new, before.posterior, total, least + gain * 4, clock).converged
 
     for gain, expected in ((-1.0, True), (0.09, True), (0.11, False)):
         assert ends(gain=gain) == expected
-    # Not while orientations are looked for, nor right after it; nor before the symmetry is there.
-    assert not ends(new=replace(still, exploring=True))
-    assert not ends(before=replace(before, state=replace(before.state, exploring=True)))
+    # Not with averages of a wary start, nor before the symmetry is there.
+    for iteration, expected in ((11, False), (12, True)):
+        assert plan.options.iterations == 20
+        assert ends(before=replace(before, state=replace(before.state, iteration=iteration))) == expected
     symmetric = plan.with_symmetry("C3")
-    assert still.iteration == 2
-    assert not ends(plan=symmetric)
-    assert ends(plan=symmetric, new=replace(still, iteration=9))
+    assert ends(plan=symmetric)
+    assert not ends(plan=symmetric, new=replace(still, iteration=2))

@@ -127,21 +127,19 @@ def test_update(particles, options, expected):
     assert Plan.make(particles, Options(mask_radius=50, max_shift=20, **options)).update == expected
 
 
-def test_it_explores_until_fourier_space_is_full(particles):
-    """For a quarter of the iterations at least and until the band is whole at most, from nothing only."""
+def test_a_random_start_is_less_and_less_wary_while_the_band_grows(particles):
+    """From the noise of the whole box in the mask to what there is, by equal ratios; from nothing only."""
     options = Options(mask_radius=50, max_shift=20, iterations=20)
     plan = Plan.make(particles, options)
-
-    def explores(plan, coverage):
-        return [plan.explores(i, np.array(coverage)) for i in range(20)]
-
-    assert explores(plan, [1.0, 0.99]) == [True] * 5 + [False] * 15
-    assert explores(plan, [1.0, 0.98]) == [True] * 12 + [False] * 8
-    assert explores(plan, []) == [True] * 12 + [False] * 8
-    assert not any(explores(replace(plan, initial_lowpass=60.0), [0.5]))  # from a map or from poses
+    caution = [plan.caution(i) for i in range(20)]
+    assert caution[0] == pytest.approx(1 / np.mean(plan.mask**2), rel=1e-6)
+    np.testing.assert_allclose(np.diff(np.log(caution[:13])), -np.log(caution[0]) / 12, rtol=1e-5)
+    assert caution[12:] == [1.0] * 8
+    assert plan.r_max(12) == plan.r_final > plan.r_max(11)
+    assert {replace(plan, initial_lowpass=60.0).caution(i) for i in range(20)} == {1.0}  # from a map or from poses
     for update in ("wiener", "ratio"):
-        assert not any(explores(replace(plan, options=replace(options, update=update)), [0.5]))
-    assert replace(plan, options=replace(options, iterations=1)).explores(0, np.zeros(0))
+        assert replace(plan, options=replace(options, update=update)).caution(0) == 1
+    assert replace(plan, options=replace(options, iterations=1)).caution(1) == 1
 
 
 def test_fa_takes_the_magnitude_sampler():

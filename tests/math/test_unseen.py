@@ -149,8 +149,9 @@ def test_a_particle_stands_out_from_the_noise_within_its_mask(oracles, rng):
         average = structure + sigma / np.sqrt(n) * rng.standard_normal((box, box, box)).astype(np.float32)
         spectrum = band.output.gather(fourier.transform(average[None])).astype(complex)
         total = replace(Accumulators.zero(1, len(shell), 12), weights=weights, mass=np.array([float(n)]))
-        factor, unseen = band.wiener(spectrum, total)
-        careful, _ = Band(plan, replace(state, exploring=True), 12, 12).wiener(spectrum, total)
+        factor, unseen = band.wiener(spectrum, total, band.noise_of_averages(total))
+        wary = Band(replace(plan, options=replace(plan.options, update="explore")), state, 12, 12)
+        careful, _ = wary.wiener(spectrum, total, wary.noise_of_averages(total))
         assert factor.mean() > 2 * careful.mean()  # asked to stand out from the noise of the whole box
         power = abs(band.output.gather(fourier.transform(structure * plan.mask))) ** 2
         tau2 = (np.bincount(shell, power) / np.maximum(np.bincount(shell), 1))[shell]
@@ -198,7 +199,7 @@ def test_what_the_mask_spreads_beyond_the_band_is_not_missed(radius, rng):
         signal = rng.standard_normal((box, box, box)).astype(np.float32)
         spectrum = band.output.gather(fourier.transform((signal + noise[k])[None])).astype(complex)
         total = replace(Accumulators.zero(1, len(shell), r), weights=np.ones((1, len(shell))), mass=np.ones(1))
-        factors.append(per_shell(band.wiener(spectrum, total)[0]))
+        factors.append(per_shell(band.wiener(spectrum, total, band.noise_of_averages(total))[0]))
     found = np.mean(factors, axis=0)
     np.testing.assert_allclose(found[2:], 0.5, atol=0.08)  # tau^2 is of few numbers, in the first shells fewest
     assert found[-1] > 0.45
@@ -213,16 +214,26 @@ def test_copies_count_as_particles(oracles, rng):
     state = start(plan, particles, None, None).state
     whole = Band(plan, state, 6, 6).output
     sigma2 = np.full(plan.n_shells, 5 * (abs(whole.gather(fourier.transform(volume))) ** 2).mean())
-    state = replace(state, sigma2=sigma2, iteration=15, exploring=False)
+    state = replace(state, sigma2=sigma2, iteration=15)
     factors = []
     for symmetry, weight in (("C3", 1.0), ("C1", 3.0)):
         band = Band(plan.with_symmetry(symmetry), state, 6, 6)
         spectrum = band.output.gather(fourier.transform(volume[None])).astype(complex)
         weights = np.full((1, len(band.output)), weight)
         total = replace(Accumulators.zero(1, len(band.output), 6), weights=weights, mass=np.array([weight]))
-        factors.append(band.wiener(spectrum, total)[0])
+        factors.append(band.wiener(spectrum, total, band.noise_of_averages(total))[0])
     np.testing.assert_allclose(factors[0], factors[1], rtol=1e-6)
     assert 0.1 < factors[0].mean() < 0.9
+
+
+def test_a_wary_start_takes_less_for_known(rng):
+    """C with so many times the noise, tau^2 as it is."""
+    shell, weights = np.repeat([1, 2], 500), np.full((1, 1000), 5.0)
+    averages, noise = rng.standard_normal((1, 1000)) + 0j, np.array([1.0, 2.0, 3.0])
+    plain, unseen = wiener_factor(averages, weights, np.array([5.0]), noise, shell)
+    wary, more = wiener_factor(averages, weights, np.array([5.0]), noise, shell, 8.0)
+    np.testing.assert_allclose(1 / wary - 1, 8 * (1 / plain - 1))
+    np.testing.assert_allclose(unseen / (1 - plain), more / (1 - wary))
 
 
 def test_wiener_factor_pools_classes_and_survives_nothing():
