@@ -273,7 +273,7 @@ _ALL = (
         "boxes cut along a real 13-protofilament microtubule, 32³, 10.52 Å, rotation about the axis unknown",
         box=32,
         voxel_size=10.52,
-        radius=147.0,
+        radius=140.0,
         snr_reason="real data",
         seeds=1,
         stand_in=True,

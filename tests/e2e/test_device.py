@@ -21,7 +21,7 @@ BOX, VOXEL, BANDWIDTH = 20, 16.0, 10
 
 @pytest.fixture(scope="module")
 def particles() -> ArrayParticles:
-    made = simulate_particles([groel(), ribosome()], [4, 3], box=BOX, voxel_size=VOXEL, snr=1.0, seed=3)
+    made = simulate_particles([groel(), ribosome()], [4, 3], box=BOX, voxel_size=VOXEL, snr=1.0, max_shift=3.0, seed=3)
     return ArrayParticles(made.boxes, VOXEL, made.weight)
 
 

@@ -23,7 +23,7 @@ from faml_gpu.simulate import groel, ribosome, simulate_particles
 
 def after_five_iterations(snr: float, preset: str) -> Result:
     simulation = simulate_particles(
-        [ribosome()], [20], box=24, voxel_size=14.0, snr=snr, tilt_range=(-60.0, 60.0), seed=7, resolution=35.0
+        [ribosome()], [20], box=24, voxel_size=14.0, snr=snr, max_shift=3.0, seed=7, resolution=35.0
     )
     particles = ArrayParticles(simulation.boxes, simulation.voxel_size, simulation.weight)
     bandwidth = 16 if preset == "paper" else None  # 36, the preset's own, takes minutes
