@@ -139,15 +139,19 @@ class Plan:
         chosen = self.options.choices.update
         return "wiener" if chosen == "explore" else chosen
 
+    @property
+    def searches(self) -> bool:
+        """Whether the run has to find orientations from nothing; a start from a map or from poses knows some."""
+        return self.options.choices.update == "explore" and self.initial_lowpass is None
+
     def caution(self, iteration: int) -> float:
         """How many times its variance the noise in the averages of an iteration counts (`maximization.wiener_factor`).
 
         An average that is sure of what it has seen keeps particles where they lie, and its missing wedge for good. So a
         random start begins as if the noise of the whole box lay within the mask, and is less and less wary while the
-        band grows: what comes at once sends all particles to what is unseen, and back. A start from a map or from poses
-        knows its orientations.
+        band grows: what comes at once sends all particles to what is unseen, and back.
         """
-        if self.options.choices.update != "explore" or self.initial_lowpass is not None:
+        if not self.searches:
             return 1.0
         left = max(0.0, 1 - iteration / self._last_growing)
         return float(np.mean(self.mask**2) ** -left)
@@ -563,12 +567,13 @@ class Band:
     def noise_of_averages(self, by_part: maximization.Accumulators) -> NDArray[np.float64]:
         """Variance (S,) per Fourier shell of what a particle adds to the averages beside signal, see `wiener_factor`.
 
-        Measured by how far the parts of the particles differ within the mask: beside it lie neighbours, and poses that
-        are not sure average noise as well as signal. As long as a random start is wary it takes the mask's share of the
-        noise of the box, which is more while poses are unsure.
+        Measured by how far the parts of the particles differ within the mask. Poses that are not sure average the noise
+        as well as the signal: to count it as if they were sure holds averages back, which makes poses less sure, until
+        nothing is left of fine detail. A random start does count it so, and takes the mask's share of the noise of the
+        box: what it is not sure of it has still to find.
         """
         noise = self.state.sigma2 * float(np.mean(self.plan.mask**2))
-        if self.plan.caution(self.state.iteration + 1) > 1:
+        if self.plan.searches:
             return noise
         residuals, freedom = by_part.scatter()
         power = sum((abs(self._within_mask(r)) ** 2).sum(axis=0) for r in residuals)

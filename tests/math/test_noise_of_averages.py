@@ -40,10 +40,10 @@ def test_scatter_is_free_of_the_signal_and_as_free_as_it_says(rng):
     np.testing.assert_allclose(abs(residual.sum(axis=0)), 0, atol=1e-9)
 
 
-def band_and_parts(rng, symmetry="C1", *, iteration=20, known=False):
+def band_and_parts(rng, symmetry="C1", *, iteration=20, known=True, update="explore"):
     """Parts whose noise is of variance 1 within the mask and 9 beside it, and a state that says 5 everywhere."""
     particles = ArrayParticles(rng.standard_normal((2, BOX, BOX, BOX)), 1.0)
-    options = Options(mask_radius=6.0, max_shift=2.0, symmetry=symmetry)
+    options = Options(mask_radius=6.0, max_shift=2.0, symmetry=symmetry, update=update)
     plan = Plan.make(particles, options, 4.0 if known else None)
     state = replace(start(plan, particles, None, None).state, sigma2=np.full(plan.n_shells, 5.0 * BOX**3))
     band = Band(plan, replace(state, iteration=iteration), R, R)
@@ -75,13 +75,11 @@ def test_symmetric_copies_average_the_noise(rng):
     assert np.mean(ratio[4 : R + 1]) == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize(
-    ("known", "iteration", "measured"), [(False, 0, False), (False, 10, False), (False, 11, True), (True, 0, True)]
-)
-def test_a_wary_start_takes_the_noise_of_the_box(known, iteration, measured, rng):
-    """The mask's share of it; `iteration` are behind, the next averages are of the one after."""
-    band, parts = band_and_parts(rng, iteration=iteration, known=known)
-    assert band.plan.options.iterations == 20
+@pytest.mark.parametrize("iteration", [0, 11, 19])
+@pytest.mark.parametrize(("update", "known", "measured"), [("explore", False, False), ("explore", True, True),
+                                                           ("wiener", False, True)])  # fmt: skip
+def test_a_random_start_takes_the_mask_s_share_of_the_noise(update, known, measured, iteration, rng):
+    band, parts = band_and_parts(rng, iteration=iteration, known=known, update=update)
     share = np.mean(band.plan.mask**2)
     found = band.noise_of_averages(parts)[3 : R + 1] / (5.0 * BOX**3)
     if measured:
