@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--mask", type=float, default=100.0, help="mask radius of groel, A")
     parser.add_argument("--resolution", type=float)
-    parser.add_argument("--resolutions", nargs="+", type=float, default=[40.0])
+    parser.add_argument(
+        "--resolutions", nargs="+", type=float, default=[None], help="A; the finest there is by default"
+    )
     parser.add_argument("--boxes", nargs="+", type=int, default=[32, 64])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=3.0, help="of the noise levels of `noise`")
