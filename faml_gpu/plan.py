@@ -580,7 +580,8 @@ class Band:
         shell = to_host(self.output.shell)
         power, free = (np.bincount(shell, x, len(noise)) for x in (power, freedom))
         copies = symmetry.order(self.symmetry)
-        return np.where(free > 0, copies * power / np.maximum(free, np.finfo(np.float64).tiny), noise)
+        # Where parts do not differ but by rounding, there is nothing to compare; the mask spreads power there all the same.
+        return np.divide(copies * power, free, out=noise, where=free > 1e-9 * free.max())
 
     def wiener(
         self, averages: NDArray[np.complex128], total: maximization.Accumulators, noise: NDArray[np.float64]

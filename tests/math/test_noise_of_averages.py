@@ -88,3 +88,17 @@ def test_a_random_start_takes_the_mask_s_share_of_the_noise(update, known, measu
         np.testing.assert_allclose(found, share)
     whole = band.noise_of_averages(parts.together())[3 : R + 1] / (5.0 * BOX**3)  # nothing to compare
     np.testing.assert_allclose(whole, share)
+
+
+def test_shells_that_one_part_alone_has_seen(rng):
+    """There is nothing to compare there but rounding, and what the mask spreads from other shells."""
+    band, parts = band_and_parts(rng)
+    shell = np.asarray(band.output.shell)
+    unseen = np.isin(shell, [5, 6])
+    weights, sums = parts.weights.copy(), parts.sums.copy()
+    weights[1:, unseen], sums[1:, unseen] = 0, 0
+    weights[1, shell == 6] = 1e-14  # rounding
+    found = band.noise_of_averages(replace(parts, sums=sums, weights=weights)) / (5.0 * BOX**3)
+    share = np.mean(band.plan.mask**2)
+    np.testing.assert_allclose(found[5:7], share)
+    assert found[8] < 0.6 * share
