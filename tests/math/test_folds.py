@@ -141,3 +141,27 @@ def test_a_class_that_only_a_fold_has_particles_of_keeps_what_others_made_of_it(
     new = maximize(plan, band, first.state, total)
     np.testing.assert_array_equal(new.apart[1, 1], first.state.apart[1, 1])
     assert not np.array_equal(new.apart[1, 1], first.state.maps[1])
+
+
+@pytest.mark.parametrize("update", ["printed", "ratio"])
+def test_averages_of_a_fold_are_those_of_a_run_without_it(update, rng):
+    """What Eq. 10 fills a wedge with, and the common mean that classes lean on, are without the fold too."""
+    particles = boxes(0.3)
+    options = replace(OPTIONS, folds=3, n_classes=2, update=update, regularization=1.0)
+    plan = Plan.make(particles, options)
+    first = iterate(plan, particles, start(plan, particles, None, None)).state
+    band = plan.band(first)
+    total = Accumulators.zero(2, len(band.output), band.r_max, n_curves=1, parts=3)
+    weights = rng.uniform(0, 1, total.weights.shape)
+    total.sums[:] = weights * 50 * (rng.standard_normal((*weights.shape, 2)) @ [1, 1j])
+    total.weights[:], total.mass[:] = weights, [1.0, 2.0, 0.5, 1.5, 1.2, 0.8]
+    total.residual += 1.0
+    total.observed += 1.0
+    total.n, total.shift2 = N, 1.0
+    found = maximize(plan, band, first, total)
+    for fold in range(3):
+        single = replace(plan, options=replace(options, folds=1))
+        of_others = replace(first, maps=first.apart[fold], apart=None)
+        expected = maximize(single, single.band(of_others), of_others, total.without(fold))
+        np.testing.assert_allclose(found.apart[fold], expected.maps, atol=1e-5 * abs(expected.maps).max())
+        assert not np.allclose(found.apart[fold], found.maps, atol=0.01 * abs(expected.maps).max())
