@@ -580,7 +580,7 @@ class Band:
         shell = to_host(self.output.shell)
         power, free = (np.bincount(shell, x, len(noise)) for x in (power, freedom))
         copies = symmetry.order(self.symmetry)
-        # Where parts do not differ but by rounding, there is nothing to compare; the mask spreads power there all the same.
+        # Where parts differ by rounding only there is nothing to compare; the mask spreads power there all the same.
         return np.divide(copies * power, free, out=noise, where=free > 1e-9 * free.max())
 
     def wiener(
