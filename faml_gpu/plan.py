@@ -573,7 +573,7 @@ class Band:
         box: what it is not sure of it has still to find.
         """
         noise = self.state.sigma2 * float(np.mean(self.plan.mask**2))
-        if self.plan.searches:
+        if self.plan.searches or by_part.parts == 1:
             return noise
         residuals, freedom = by_part.scatter()
         power = sum((abs(self._within_mask(r)) ** 2).sum(axis=0) for r in residuals)
