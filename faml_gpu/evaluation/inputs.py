@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import star_poses
 from faml_gpu.io.star import StarTable, read_particles_star
+from faml_gpu.run_reader import open_run
 
 __all__ = ["Found", "NamedMap", "PathLike", "Truth", "as_list", "read_inputs", "read_truth"]
 
@@ -70,12 +70,13 @@ def read_inputs(
     if not paths:
         raise InputError("evaluate: found nothing to evaluate, expected a run folder or maps")
     run = paths[0] if len(paths) == 1 and not paths[0].is_file() else None
-    stem = "run" if iteration is None else f"run_it{iteration:03d}"
     about: dict[str, Any] = {}
     table: StarTable | None = None
     if run is not None:
-        about, paths = _run_files(run, stem)
-        table = read_particles_star(run / f"{stem}_data.star")
+        if not run.is_dir():
+            raise InputError(f"{run}: does not exist, expected a run folder or a map (.mrc)")
+        files = open_run(run, iteration)
+        about, paths, table = files.about, files.maps, files.particles
     elif iteration is not None:
         raise InputError("--iteration: belongs to a run folder, found maps")
     maps, references = [_read_map(path) for path in paths], [_read_map(Path(path)) for path in truth_maps]
@@ -91,26 +92,6 @@ def read_inputs(
     source = Path(str(about.get("input", {}).get("path", "")))
     folder = source.parent if source.suffix == ".star" else Path()
     return Found(maps, voxel, table.strings("rlnImageName"), folder, poses, poses.classes, about), references
-
-
-def _run_files(run: Path, stem: str) -> tuple[dict[str, Any], list[Path]]:
-    """run.json and the averages of a run."""
-    if not run.is_dir():
-        raise InputError(f"{run}: does not exist, expected a run folder or a map (.mrc)")
-    if not (run / "run.json").is_file():
-        raise InputError(f"{run}: no run.json, expected the folder of a faml-gpu run (or maps)")
-    try:
-        about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{run / 'run.json'}: cannot be read ({error})") from None
-    maps = sorted(run.glob(f"{stem}_class[0-9]*.mrc"))
-    if not maps or not (run / f"{stem}_data.star").is_file():
-        done = len(about.get("iterations", []))
-        raise InputError(
-            f"{run}: no {stem}_class001.mrc and {stem}_data.star; the run is {about.get('status', 'unfinished')} with "
-            f"{done} iterations done (evaluate one of them with --iteration 1 ... {done})"
-        )
-    return about, maps
 
 
 def _read_map(path: Path) -> NamedMap:
