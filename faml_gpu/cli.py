@@ -1,4 +1,4 @@
-"""Commands `faml-gpu average | classify | demo | evaluate | simulate | fsc | info`: calls, progress and errors.
+"""The commands of `faml-gpu`, `average` and `classify` first: calls, progress and errors.
 
 Only light modules are imported at the top, so that --help answers at once.
 """
@@ -510,6 +510,48 @@ def evaluate(
         typer.echo(f"wrote {', '.join(map(str, written))}")
 
 
+RUN_ARGUMENT = typer.Argument(metavar="RUN", help="Output folder of a run.", show_default=False)
+ITERATION_OPTION = typer.Option(
+    help="Iteration of the run to show.", show_default="the final result, or the last there is"
+)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, RUN_ARGUMENT],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file.", show_default="report.html in the folder")
+    ] = None,
+    iteration: Annotated[int | None, ITERATION_OPTION] = None,
+) -> None:
+    """Tell what a run did and found, as one HTML file; also of a run that is still going on.
+
+    A run that ends has made its report.
+    """
+    with _ending(Resume(None, "nothing was changed")):
+        from faml_gpu.report import write_report
+        from faml_gpu.run_folder import writing
+
+        with writing(output or run):
+            written = write_report(run, iteration, output)
+        typer.echo(f"wrote {written}")
+
+
+@app.command()
+def view(run: Annotated[Path, RUN_ARGUMENT], iteration: Annotated[int | None, ITERATION_OPTION] = None) -> None:
+    """Write slices and projections of the averages as a PNG, and a script that opens them in ChimeraX.
+
+    With each class comes a BILD file for ChimeraX that shows from where its particles were seen.
+    """
+    with _ending(Resume(None, "nothing was changed")):
+        from faml_gpu.report import write_views
+        from faml_gpu.run_folder import writing
+
+        with writing(run):
+            written = write_views(run, iteration)
+        typer.echo(f"wrote {', '.join(map(str, written))}")
+
+
 @app.command()
 def simulate(
     structures: Annotated[
@@ -745,7 +787,8 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
                     typer.echo(f"class {k}: {half_line(found)}")
         names = [f"run_class{k:03d}.mrc" for k in range(1, len(result.maps) + 1)]
         typer.echo(
-            f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}"
+            f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}; "
+            f"to read: {output / 'report.html'}"
         )
 
 

@@ -27,7 +27,8 @@ from faml_gpu.io.particles import open_particles
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
-from faml_gpu.run_folder import RunFolder
+from faml_gpu.report import write_report, write_views
+from faml_gpu.run_folder import RunFolder, writing
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
 __all__ = ["average", "classify"]
@@ -193,6 +194,9 @@ def classify(
         remarks = _doubts(result)
         if folder is not None:
             _write_final(folder, result, source, remarks)
+            with writing(folder.path):
+                write_report(folder.path)
+                write_views(folder.path)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
     return result

@@ -45,13 +45,14 @@ LOCK = ".run.lock"
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
     r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json)"
+    r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|report\.html"
 )
 _OF_HALVES = re.compile(
     r"run(_it\d{3,}_half[12]_class\d{3,}(\.mrc|_checkpoint\.(npz|json))|_half[12]_class\d{3,}_unfil\.mrc)"
     r"|postprocess(_class\d{3,})?(\.mrc|\.star|_fsc\.json|_fsc\.png)"
 )
 _LEFTOVER = re.compile(
-    r"\.(run|postprocess)\w*\.\d+-[0-9a-f]+\.tmp\.\w+"
+    r"\.(run|postprocess|report)\w*\.\d+-[0-9a-f]+\.tmp\.\w+"
 )  # of `atomic_path` in a process that was killed
 
 # Options that a resumed run may change: `iterations` only upwards, the others with a note.

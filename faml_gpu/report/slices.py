@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from faml_gpu.errors import InputError
 from faml_gpu.io.atomic import atomic_path
 
-__all__ = ["montage"]
+__all__ = ["PLANES", "central_slices", "montage", "scale_bar"]
 
 PLANES = ("xy", "xz", "yz")
 
@@ -72,7 +72,7 @@ def montage(
             if label not in volumes:
                 continue
             volume = _cube(volumes[label], label)
-            slices = _central_slices(volume)
+            slices = central_slices(volume)
             low, high = np.percentile(np.stack(slices), [1.0, 99.8])
             for column, (plane, image) in enumerate(zip(PLANES, slices, strict=True)):
                 left = label_width + cell * (3 * block + column) + 0.2 * block
@@ -85,7 +85,7 @@ def montage(
                     name = f"truth {plane}" if block else plane
                     axes.set_title(name, fontsize=11, pad=4)
                 if column == 0 and block == 0:
-                    _scale_bar(axes, volume.shape[0], voxel_size)
+                    scale_bar(axes, volume.shape[0], voxel_size)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return Path(path)
@@ -98,13 +98,13 @@ def _cube(volume: ArrayLike, label: str) -> NDArray[np.float32]:
     return values
 
 
-def _central_slices(volume: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def central_slices(volume: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """The planes xy, xz, yz through the centre voxel; the second axis named is the row."""
     centre = volume.shape[0] // 2
     return [volume[centre], volume[:, centre], volume[:, :, centre]]
 
 
-def _scale_bar(axes: Axes, box: int, voxel_size: float) -> None:
+def scale_bar(axes: Axes, box: int, voxel_size: float) -> None:
     """A white bar of 1, 2 or 5 times a power of ten Angstrom, the longest within 30 % of the box."""
     most = 0.3 * box * voxel_size
     decade = 10.0 ** np.floor(np.log10(most))

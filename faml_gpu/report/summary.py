@@ -1,0 +1,220 @@
+"""What a report tells of a run, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from faml_gpu.data import Poses
+from faml_gpu.errors import InputError
+from faml_gpu.io.mrc import read_mrc
+from faml_gpu.io.particles import star_poses
+from faml_gpu.io.star import read_particles_star
+from faml_gpu.run_reader import RunFiles, open_run
+from faml_gpu.uncertainty import evenness
+
+__all__ = ["RunSummary", "read_summary"]
+
+Float64 = NDArray[np.float64]
+
+MISFIT = 5.0  # median absolute deviations (times 1.4826) below the median of the log-likelihoods
+ALL_BUT_ALL = 0.95  # of the particles in one class
+NEXT_TO_NONE = 0.01
+LOCKED = 0.3  # share of the orientations within 10 degrees of the identity; of random ones it is 0.0006
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run, or an iteration of it; n particles, K classes.
+
+    Attributes
+    ----------
+    files : what was read
+    maps : (K, N, N, N) float32, averages
+    voxel_size : Angstrom
+    poses : rotations (n, 3, 3), shifts (n, 3) in voxels, classes (n,) from 0: the best of each particle
+    confidence : (n,) posterior of the best pose
+    class_probability : (n, K), or None where an iteration is read: only the final result has it
+    log_likelihood : (n,) contribution of each particle
+    fsc : of each class (or of all, K = 1) that has halves: number of the class, and what postprocess_fsc.json holds
+    """
+
+    files: RunFiles
+    maps: NDArray[np.float32]
+    voxel_size: float
+    poses: Poses
+    confidence: Float64
+    class_probability: Float64 | None
+    log_likelihood: Float64
+    fsc: list[tuple[int, dict[str, Any]]]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self.files.about
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """A record of each iteration, see `data.IterationRecord`."""
+        records: list[dict[str, Any]] = self.about["iterations"]
+        return records
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As resolved; lengths in Angstrom."""
+        resolved: dict[str, Any] = self.about["resolved"]
+        return resolved
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        assert self.poses.classes is not None
+        return self.poses.classes
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Particles of each class, (K,)."""
+        return np.bincount(self.classes, minlength=len(self.maps))
+
+    @cached_property
+    def directions(self) -> Float64:
+        """Where the beam comes from in the frame of the average, (n, 3), x, y, z: RELION's rot and tilt."""
+        return self.poses.rotations[:, 2, :]
+
+    @cached_property
+    def off_centre(self) -> Float64:
+        """How far each particle lies off the centre of its box, (n,) Angstrom."""
+        return np.asarray(np.linalg.norm(self.poses.shifts, axis=1) * self.voxel_size)
+
+    @cached_property
+    def misfit(self) -> Float64:
+        """By how many deviations each particle's log-likelihood lies below the median, (n,).
+
+        The deviation is 1.4826 times the median absolute one: that of a normal distribution, whatever the outliers.
+        """
+        median = np.median(self.log_likelihood)
+        spread = 1.4826 * np.median(abs(self.log_likelihood - median))
+        return np.asarray((median - self.log_likelihood) / max(spread, np.finfo(np.float64).tiny))
+
+    @property
+    def misfits(self) -> NDArray[np.int64]:
+        """Particles that fit nowhere, the worst first."""
+        worst = np.argsort(-self.misfit, kind="stable")
+        return worst[self.misfit[worst] > MISFIT]
+
+    def coverage_of_angles(self, k: int) -> float:
+        """How evenly class k was seen: 1 from all sides, 0 from one, see `uncertainty.evenness`."""
+        mine = self.directions[self.classes == k]
+        return evenness(mine, np.ones(len(mine)))
+
+    @property
+    def converged(self) -> bool:
+        return self.about.get("converged_at") is not None
+
+    def doubts(self) -> list[str]:
+        """What to know before using the result: what the run warned of, and what its figures say."""
+        found = list(self.about.get("warnings", []))
+        if self.about.get("status") != "finished":
+            found.append(
+                f"The run has not ended: this is iteration {len(self.history)} of at most {self.options['iterations']}."
+            )
+        elif not self.converged:
+            last = self.history[-1]
+            found.append(
+                f"The run was ended by its {self.options['iterations']} iterations, before it stood still: in the last "
+                f"one particles turned by {last['pose_change']:.1f}° (median), {100 * last['changed_class']:.0f} % "
+                "changed class. --resume with more --iterations goes on."
+            )
+        found += [
+            f"{len(self.misfits)} of {len(self.classes)} particles fit nowhere: their likelihood lies more than "
+            f"{MISFIT:g} deviations below that of the others. They are listed below."
+        ] * bool(len(self.misfits))
+        return found + self._class_doubts() + self._pose_doubts()
+
+    def _class_doubts(self) -> list[str]:
+        share = self.sizes / self.sizes.sum()
+        if len(share) == 1:
+            return []
+        if share.max() > ALL_BUT_ALL:
+            return [
+                f"Class {share.argmax() + 1} has taken {100 * share.max():.0f} % of the particles. Either they are all "
+                "alike, or the classes have collapsed: try another --seed, or more --regularization."
+            ]
+        return [
+            f"Class {k + 1} has only {self.sizes[k]} of {self.sizes.sum()} particles."
+            for k in np.nonzero(share < NEXT_TO_NONE)[0]
+        ]
+
+    def _pose_doubts(self) -> list[str]:
+        found, half_box = [], len(self.maps[0]) * self.voxel_size / 2
+        radius, far = self.options["mask_radius"], float(np.percentile(self.off_centre, 95))
+        if radius + far > half_box:
+            found.append(
+                f"The box is tight: a particle of radius {radius:.0f} Å (the mask), {far:.0f} Å off the centre as one "
+                f"in twenty is, reaches beyond the {half_box:.0f} Å from centre to edge. Cut larger boxes, or check "
+                "--mask-radius."
+            )
+        start = self.about["start"]
+        near = self.history[-1]["near_identity"]
+        if near > LOCKED and not start["use_poses"] and start["reference"] is None:
+            found.append(
+                f"{100 * near:.0f} % of the orientations lie within 10° of one another. Unless the particles do lie "
+                "so, they are locked to the missing wedge: compare with other seeds."
+            )
+        return found
+
+
+def read_summary(folder: str | os.PathLike[str], iteration: int | None = None) -> RunSummary:
+    """Read the final result of a run, that of an iteration, or of the last one where the run has not ended.
+
+    Raises
+    ------
+    InputError
+        No run is there, no iteration has ended, or a file is damaged.
+    """
+    files = open_run(folder, iteration, unfinished=True)
+    about, table = files.about, files.particles
+    try:
+        voxel_size = float(about["input"]["voxel_size"])
+        if not about["iterations"]:
+            raise InputError(f"{files.folder}: found no iteration in run.json, expected at least one")
+        _ = about["resolved"]["mask_radius"], about["start"]["use_poses"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{files.folder / 'run.json'}: found nothing of {error}, expected what a run writes") from None
+    maps = np.stack([read_mrc(path)[0] for path in files.maps])
+    poses = star_poses(table, voxel_size)
+    if poses.classes is None or poses.classes.max() >= len(maps):
+        raise InputError(f"{table.path}: expected an rlnClassNumber from 1 to {len(maps)} for each particle")
+    return RunSummary(
+        files=files,
+        maps=maps,
+        voxel_size=voxel_size,
+        poses=poses,
+        confidence=table.floats("rlnMaxValueProbDistribution"),
+        class_probability=_class_probability(files, len(maps)),
+        log_likelihood=table.floats("rlnLogLikeliContribution"),
+        fsc=_read_fsc(files.folder, len(maps)) if files.stem == "run" else [],
+    )
+
+
+def _class_probability(files: RunFiles, n_classes: int) -> Float64 | None:
+    path = files.folder / "run_class_posteriors.star"
+    if files.stem != "run" or not path.is_file():
+        return None
+    table = read_particles_star(path)
+    return np.stack([table.floats(f"famlClassProbability{k:03d}") for k in range(1, n_classes + 1)], axis=1)
+
+
+def _read_fsc(folder: Path, n_classes: int) -> list[tuple[int, dict[str, Any]]]:
+    found = []
+    for k in range(1, n_classes + 1):
+        for name in (f"postprocess_class{k:03d}_fsc.json", "postprocess_fsc.json"):
+            if (folder / name).is_file() and (k == 1 or "class" in name):
+                found.append((k, json.loads((folder / name).read_text(encoding="utf-8"))))
+                break
+    return found
