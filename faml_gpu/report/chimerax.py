@@ -63,7 +63,7 @@ def contour_level(volume: NDArray[np.float32], radius: float) -> float:
     above = counts.sum() - below
     sum_below = np.cumsum(counts * middle)[:-1]
     sum_above = (counts * middle).sum() - sum_below
-    between = below * above * (sum_below / below - sum_above / np.maximum(above, 1)) ** 2
+    between = below * above * (sum_below / np.maximum(below, 1) - sum_above / np.maximum(above, 1)) ** 2
     return float(edges[1:-1][between.argmax()])
 
 

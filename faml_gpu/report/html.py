@@ -114,14 +114,20 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _changed_options(run: RunSummary) -> list[tuple[str, Any, Any]]:
+def _changed_options(run: RunSummary) -> list[tuple[str, str, str]]:
     """Options that are not the default: name, value, default; those of where it ran left out."""
     usual, given = asdict(Options()), run.about["options"]
     return [
-        (f"--{name.replace('_', '-')}", value, usual.get(name))
+        (f"--{name.replace('_', '-')}", _value(value), _value(usual.get(name)))
         for name, value in given.items()
         if value != usual.get(name) and name not in ("n_classes", "seed", "threads", "device")
     ]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "automatic"
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _class_row(run: RunSummary, k: int) -> dict[str, Any]:

@@ -1,0 +1,308 @@
+"""The report of a run and its views: what they say is so, and a browser shows them without a network."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import faml_gpu
+from faml_gpu.cli import app
+from faml_gpu.data import Poses
+from faml_gpu.errors import InputError
+from faml_gpu.geometry import relion_to_matrix
+from faml_gpu.io.mrc import read_mrc, write_mrc
+from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.report import write_report, write_views
+from faml_gpu.report.chimerax import angular_distribution, contour_level, sphere_points
+from faml_gpu.report.summary import RunSummary, read_summary
+from faml_gpu.simulate import groel, ribosome, simulate_particles
+
+VOXEL, BOX = 16.0, 24
+NAMES = ["averages", "sizes", "convergence", "directions", "shifts", "confidence", "likelihoods", "seconds"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = simulate_particles([groel(), ribosome()], [6, 5], box=BOX, voxel_size=VOXEL, snr=0.5, seed=3)
+    folder = tmp_path_factory.mktemp("report") / "a <run>"
+    particles = ArrayParticles(made.boxes, VOXEL, made.weight)
+    faml_gpu.classify(particles, 2, folder, iterations=3, sampler="magnitude", device="cpu", bandwidth=8, folds=2)
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_run_leaves_its_report(finished: Path) -> None:
+    page = Page(finished / "report.html")
+    headings = [about.get("id") for tag, about in page.tags if tag == "h2"]
+    assert headings == ["summary", *NAMES, "run"]
+    pictures = [about for tag, about in page.tags if tag == "img"]
+    assert len(pictures) == len(NAMES)
+    for about in pictures:
+        kind, _, content = str(about["src"]).partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        drawn = ElementTree.fromstring(base64.b64decode(content))
+        assert drawn.tag.endswith("svg")
+        assert about["alt"]
+    # Nothing is fetched from anywhere.
+    links = [about[key] for _, about in page.tags for key in ("src", "href") if key in about]
+    assert all(str(link).startswith(("data:", "#")) for link in links)
+    assert "http" not in re.sub(r"data:image[^\"]*", "", (finished / "report.html").read_text(encoding="utf-8"))
+    targets = {about.get("id") for _, about in page.tags}
+    assert {str(link)[1:] for link in links if str(link).startswith("#")} <= targets
+    assert "a <run>" in page.text  # escaped
+    words = " ".join(page.text.split())
+    for told in (
+        "11 boxes of 24³ voxels of 16 Å", "--sampler magnitude automatic", "--bandwidth 8 automatic",
+        "--folds 2 automatic", "11 particles, 2 classes", "The run was ended by its 3 iterations",
+    ):  # fmt: skip
+        assert told in words
+    assert re.search(r"class 1 \d+ \d+\.\d % \d+\.\d \d\.\d\d \d+\.\d % run_class001.mrc", words)
+
+
+def test_the_same_run_has_the_same_report(finished: Path, tmp_path: Path) -> None:
+    again = write_report(finished, path=tmp_path / "again.html")
+    assert again.read_bytes() == (finished / "report.html").read_bytes()
+
+
+def test_report_and_view_of_a_run_still_going_on(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for path in folder.iterdir():
+        if not re.match(r"run(_it00[12]_.*|\.json)", path.name):
+            path.unlink()
+    about = json.loads((folder / "run.json").read_text())
+    about |= {"status": "running", "iterations": about["iterations"][:2]}
+    (folder / "run.json").write_text(json.dumps(about))
+    done = CliRunner().invoke(app, ["report", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert done.output == f"wrote {folder / 'report.html'}\n"
+    words = " ".join(Page(folder / "report.html").text.split())
+    assert "The run has not ended: this is iteration 2 of at most 3." in words
+    assert "run_it002: 11 particles" in words
+    done = CliRunner().invoke(app, ["view", str(folder), "--iteration", "1"])
+    assert done.exit_code == 0, done.output
+    made = ["run_it001_classes.png", "run_it001.cxc", *(f"run_it001_class00{k}_angdist.bild" for k in (1, 2))]
+    assert {path.name for path in folder.iterdir()} >= set(made)
+    assert "open run_it001_class001.mrc id 1\n" in (folder / "run_it001.cxc").read_text()
+    # They are of the run: --overwrite takes them with it.
+    from faml_gpu.run_folder import _is_ours
+
+    assert all(_is_ours(name) for name in [*made, "report.html", "run_class001_angdist.bild"])
+    assert not any(_is_ours(name) for name in ("my_report.html", "report.html.bak", "run_notes.cxc"))
+
+
+@pytest.mark.parametrize("command", ["report", "view"])
+def test_what_is_no_run(command: str, tmp_path: Path, finished: Path) -> None:
+    def refused(folder: Path, *more: str) -> str:
+        done = CliRunner().invoke(app, [command, str(folder), *more])
+        assert done.exit_code == 2
+        return done.stderr
+
+    assert "no run.json, expected the folder of a faml-gpu run" in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "no run_it009_class001.mrc" in refused(finished, "--iteration", "9")
+    (tmp_path / "run.json").write_text("{")
+    assert "run.json: cannot be read" in refused(tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    assert "run.json: found list" in refused(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(finished, broken)
+    about = json.loads((broken / "run.json").read_text())
+    (broken / "run.json").write_text(json.dumps({**about, "iterations": []}))
+    assert "found no iteration in run.json" in refused(broken)
+    del about["resolved"]
+    (broken / "run.json").write_text(json.dumps(about))
+    assert "run.json: found nothing of 'resolved'" in refused(broken)
+
+
+def test_a_report_that_cannot_be_written(finished: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(finished), "-o", str(tmp_path / "no" / "report.html")])
+    assert done.exit_code == 2
+    assert "cannot write" in done.stderr
+
+
+def changed(run: RunSummary, *, about: dict | None = None, last: dict | None = None, **fields) -> RunSummary:
+    """A converged run without doubts, but for what is said."""
+    record = {**run.history[-1], "near_identity": 0.0, **(last or {})}
+    start = {"use_poses": False, "reference": None, "initial_lowpass": None}
+    content = {**run.about, "warnings": [], "converged_at": 3, "start": start, "iterations": [record], **(about or {})}
+    n = len(run.classes)
+    even = Poses(run.poses.rotations, np.zeros((n, 3)), np.arange(n) % 2)
+    usual = {"poses": even, "log_likelihood": -np.linspace(1, 2, n)}
+    return replace(run, files=replace(run.files, about=content), **{**usual, **fields})
+
+
+def test_doubts(finished: Path) -> None:
+    run = read_summary(finished)
+    n = len(run.classes)
+    assert changed(run).doubts() == []
+
+    def only(**fields) -> str:
+        (told,) = changed(run, **fields).doubts()
+        return told
+
+    def poses(classes, shift: float = 0.0) -> Poses:
+        return Poses(run.poses.rotations, np.full((n, 3), shift), np.asarray(classes))
+
+    assert only(about={"warnings": ["as the run said"]}) == "as the run said"
+    assert "ended by its 3 iterations" in only(about={"converged_at": None})
+    assert "has not ended" in only(about={"status": "running"})
+    assert "Class 2 has taken 100 %" in only(poses=poses(np.ones(n, int)))
+    many = Poses(np.tile(np.eye(3), (300, 1, 1)), np.zeros((300, 3)), np.r_[np.zeros(280, int), np.ones(20, int)])
+    big = {"log_likelihood": -np.linspace(1, 2, 300), "maps": np.concatenate([run.maps, run.maps[:1]])}
+    assert only(poses=many, **big) == "Class 3 has only 0 of 300 particles."
+    assert "56 % of the orientations lie within" in only(last={"near_identity": 0.56})
+    known = {"start": {"use_poses": True, "reference": None, "initial_lowpass": None}}
+    assert changed(run, about=known, last={"near_identity": 0.56}).doubts() == []
+    edge = (BOX / 2 - run.options["mask_radius"] / VOXEL) / np.sqrt(3)  # along each axis
+    assert changed(run, poses=poses(np.arange(n) % 2, 0.99 * edge)).doubts() == []
+    assert "box is tight" in only(poses=poses(np.arange(n) % 2, 1.01 * edge))
+
+
+def test_particles_that_fit_nowhere(finished: Path, tmp_path: Path) -> None:
+    run = read_summary(finished)
+    normal = np.random.default_rng(1).standard_normal(len(run.classes))
+    normal[[2, 7]] = -30, -90
+    odd = changed(run, log_likelihood=1e5 + 12 * normal)
+    assert odd.misfits.tolist() == [7, 2]
+    (told,) = odd.doubts()
+    assert told.startswith("2 of 11 particles fit nowhere")
+    assert changed(run, log_likelihood=np.zeros(len(run.classes))).misfits.size == 0  # nothing differs
+    many = np.random.default_rng(2).standard_normal(10**5)
+    assert changed(run, log_likelihood=3 * many).misfit.std() == pytest.approx(1, abs=0.01)
+
+
+def test_contour_level() -> None:
+    """The two groups of Otsu's criterion, searched for among all levels; and what is meant by it."""
+    rng = np.random.default_rng(4)
+    volume = rng.normal(0, 0.1, (20, 20, 20)).astype(np.float32)
+    volume[8:13, 8:13, 8:13] += 1
+    volume[0] = 50  # outside of the sphere
+    inside = ((np.indices(volume.shape) - 10) ** 2).sum(axis=0) <= 64
+    found = contour_level(volume, 8.0)
+    assert 0.3 < found < 0.7  # where the gap between the two is empty, all levels are as good
+    values = volume[inside].astype(float)
+
+    def spread_within(level: float) -> float:
+        low, high = values[values < level], values[values >= level]
+        return len(low) * low.var() + len(high) * high.var()
+
+    best = min(spread_within(level) for level in np.linspace(values.min() + 0.01, values.max() - 0.01, 400))
+    assert spread_within(found) == pytest.approx(best, rel=1e-3)
+
+
+def test_cylinders_stand_where_particles_were_seen_from(finished: Path) -> None:
+    """RELION's angles: seen from (sin tilt cos rot, sin tilt sin rot, cos tilt) of the average."""
+    run = read_summary(finished)
+    angles = np.array([[30.0, 70.0, 11.0]] * 8 + [[200.0, 140.0, 80.0]] * 2 + [[0.0, 0.0, 0.0]])
+    poses = Poses(relion_to_matrix(angles), np.zeros((11, 3)), np.r_[np.zeros(10, int), 1])
+    text = angular_distribution(changed(run, poses=poses), 0)
+    cylinders = np.array([line.split()[1:] for line in text.splitlines() if line.startswith(".cylinder")], float)
+    assert len(cylinders) == 2
+    inner, outer = cylinders[:, :3] - BOX / 2 * VOXEL, cylinders[:, 3:6] - BOX / 2 * VOXEL
+    length = np.linalg.norm(outer - inner, axis=1)
+    (many,), (few,) = np.nonzero(length == length.max())[0][None], np.nonzero(length == length.min())[0][None]
+    assert length[many] == pytest.approx(4 * length[few], rel=1e-3)
+    rot, tilt = np.deg2rad([[30.0, 200.0], [70.0, 140.0]])
+    expected = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], axis=1)
+    found = outer[[int(many[0]), int(few[0])]]
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    np.testing.assert_array_less(np.rad2deg(np.arccos((found * expected).sum(axis=1))), 8.0)  # half a bin
+    assert (np.linalg.norm(inner, axis=1) > run.options["mask_radius"]).all()
+
+
+def test_the_bins_of_the_sphere_are_even() -> None:
+    points = sphere_points(500)
+    np.testing.assert_allclose(np.linalg.norm(points, axis=1), 1)
+    rng = np.random.default_rng(0).standard_normal((200_000, 3))
+    counts = np.bincount((rng @ points.T).argmax(axis=1), minlength=500)
+    assert counts.min() / 400 > 0.8
+    assert counts.max() / 400 < 1.2
+
+
+def test_views_of_maps_with_nothing_in_them(finished: Path, tmp_path: Path) -> None:
+    """An empty class, and one that is 0 throughout, are shown all the same."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    write_mrc(folder / "run_class002.mrc", np.zeros((BOX,) * 3), VOXEL)
+    text = (folder / "run_data.star").read_text()
+    table = read_summary(finished).files.particles
+    (folder / "run_data.star").write_text(table.text({"rlnClassNumber": [1] * table.n_rows}))
+    assert (folder / "run_data.star").read_text() != text
+    write_report(folder)
+    names = {path.name for path in write_views(folder)}
+    assert names == {"run_classes.png", "run.cxc", "run_class001_angdist.bild"}
+
+
+def test_a_table_that_does_not_fit_the_maps(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "run_class002.mrc").unlink()
+    with pytest.raises(InputError, match="expected an rlnClassNumber from 1 to 1"):
+        write_report(folder)
+
+
+def test_in_a_browser(finished: Path, tmp_path: Path) -> None:
+    """No error, every figure drawn, nothing asked for from outside."""
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)  # fmt: skip  # noqa: E501
+    if browser is None:
+        pytest.skip("no chromium: the report is not opened in a browser")
+    script = (
+        "<script>addEventListener('load', () => { const told = document.documentElement.dataset;"
+        "told.drawn = [...document.images].map(i => `${i.complete}${i.naturalWidth > 100}`).join(' ');"
+        "told.asked = performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
+        ".join(' '); told.wide = document.documentElement.scrollWidth > innerWidth; });</script></body>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text((finished / "report.html").read_text(encoding="utf-8").replace("</body>", script), "utf-8")
+    done = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--window-size=1000,800", "--virtual-time-budget=5000", "--dump-dom",
+         page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    (root,) = [about for tag, about in parsed(done.stdout) if tag == "html"]
+    assert root["data-drawn"] == " ".join(["truetrue"] * len(NAMES))
+    assert root["data-asked"] == ""
+    assert root["data-wide"] == "false"
+
+
+def parsed(text: str) -> list[tuple[str, dict[str, str | None]]]:
+    page = Page.__new__(Page)
+    HTMLParser.__init__(page)
+    page.tags, page.text = [], ""
+    page.feed(text)
+    return page.tags
+
+
+def test_maps_are_those_of_the_run(finished: Path) -> None:
+    run = read_summary(finished, 2)
+    np.testing.assert_array_equal(run.maps[1], read_mrc(finished / "run_it002_class002.mrc")[0])
+    assert run.class_probability is None
+    np.testing.assert_allclose(run.off_centre, np.linalg.norm(run.poses.shifts, axis=1) * VOXEL)
