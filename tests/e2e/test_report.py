@@ -272,6 +272,11 @@ def test_in_a_browser(finished: Path, tmp_path: Path) -> None:
     browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)  # fmt: skip  # noqa: E501
     if browser is None:
         pytest.skip("no chromium: the report is not opened in a browser")
+    first = (
+        "<head><script>document.documentElement.dataset.errors = '';"
+        "addEventListener('error', e => { document.documentElement.dataset.errors += e.message || e.target.outerHTML },"
+        " true)</script>"
+    )
     script = (
         "<script>addEventListener('load', () => { const told = document.documentElement.dataset;"
         "told.drawn = [...document.images].map(i => `${i.complete}${i.naturalWidth > 100}`).join(' ');"
@@ -279,16 +284,17 @@ def test_in_a_browser(finished: Path, tmp_path: Path) -> None:
         ".join(' '); told.wide = document.documentElement.scrollWidth > innerWidth; });</script></body>"
     )
     page = tmp_path / "page.html"
-    page.write_text((finished / "report.html").read_text(encoding="utf-8").replace("</body>", script), "utf-8")
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    page.write_text(text.replace("<head>", first).replace("</body>", script), encoding="utf-8")
     done = subprocess.run(
         [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", "--window-size=1000,800", "--virtual-time-budget=5000", "--dump-dom",
+         "--window-size=1000,800", "--virtual-time-budget=5000", "--dump-dom",
          page.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
     (root,) = [about for tag, about in parsed(done.stdout) if tag == "html"]
     assert root["data-drawn"] == " ".join(["truetrue"] * len(NAMES))
+    assert root["data-errors"] == ""
     assert root["data-asked"] == ""
     assert root["data-wide"] == "false"
 
