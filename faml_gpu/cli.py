@@ -6,6 +6,7 @@ Only light modules are imported at the top, so that --help answers at once.
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import signal
 import sys
@@ -41,6 +42,26 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _from_config(context: typer.Context, path: Path | None) -> Path | None:
+    """What the file says takes the place of the defaults: the command line wins."""
+    if path is not None:
+        from faml_gpu.config import read_config
+
+        names = {
+            opt.removeprefix("--").replace("-", "_"): parameter.name
+            for parameter in context.command.params
+            for opt in (parameter.opts if parameter.param_type_name == "option" else [str(parameter.name)])
+            if parameter.name != "config" and not re.match("-[^-]", opt)
+        }
+        try:
+            found = read_config(path, names)
+        except InputError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        context.default_map = {str(names[name]): value for name, value in found.items()}
+    return path
 
 
 @dataclass(frozen=True)
@@ -291,6 +312,17 @@ class Shared:
     ] = "auto"
     threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel=RUN_PANEL)
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TOML",
+            help="File with options, as in tilt_range = [-60, 60]; particles (the INPUT) and classes too. Those given "
+            "here as well win. Every run leaves such a file, run.toml.",
+            callback=_from_config,
+            is_eager=True,
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = None
     resume: Annotated[
         bool,
@@ -768,6 +800,7 @@ def main() -> None:
 
 def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     output: Path = options["output"]
+    options.pop("config")  # its values are among the others
     with _ending(Resume(output)):
         # Here and not at the top: these take a second or two, which --help need not wait for.
         from faml_gpu.device_info import choose_device, n_threads

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import faml
+from faml_gpu.config import config_text
 from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.errors import InputError
@@ -170,7 +171,10 @@ def classify(
                     },
                     "options": asdict(chosen),
                     "resolved": resolved,
-                }
+                },
+                data.config(
+                    chosen, resolved, use_poses=use_poses, reference=reference, initial_lowpass=initial_lowpass
+                ),
             )
 
         def after_iteration(done: Checkpoint) -> None:
@@ -316,6 +320,29 @@ class _Input:
             "voxel_size": self.source.voxel_size,
             "fingerprint": self._fingerprint(),
         }
+
+    def config(
+        self,
+        options: Options,
+        resolved: dict[str, Any],
+        *,
+        use_poses: bool,
+        reference: PathLike | NDArray[np.float32] | None,
+        initial_lowpass: float | None,
+    ) -> str:
+        """Every option by the name it has on the command line, for run.toml; what is in memory has none there."""
+        start: dict[str, Any] = {"use_poses": use_poses, "initial_lowpass": initial_lowpass}
+        if isinstance(reference, (str, os.PathLike)):
+            start["reference"] = os.path.abspath(reference)
+        method = asdict(options)
+        n_classes = method.pop("n_classes")
+        classes, command = ({"classes": n_classes}, "classify") if n_classes > 1 else ({}, "average")
+        particles = {"particles": self.path} if self.reading else {}
+        return config_text(
+            particles | classes | self.reading | start | method,
+            resolved["choices"] | {name: value for name, value in resolved.items() if value is not None},
+            f"To run it again: faml-gpu {command} --config run.toml -o ANOTHER_FOLDER",
+        )
 
     def _fingerprint(self) -> str:
         """Of number, size, poses, and three of the boxes with their weights: reading all could take an hour."""

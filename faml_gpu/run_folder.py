@@ -44,7 +44,7 @@ LOCK = ".run.lock"
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json)"
+    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json|\.toml)"
     r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|report\.html"
 )
 _OF_HALVES = re.compile(
@@ -119,13 +119,14 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def begin(self, facts: Mapping[str, Any]) -> Checkpoint | None:
-        """Start or go on: checks `facts` against the run that is there and writes run.json.
+    def begin(self, facts: Mapping[str, Any], config: str = "") -> Checkpoint | None:
+        """Start or go on: checks `facts` against the run that is there and writes run.json and run.toml.
 
         Parameters
         ----------
         facts : JSON-ready
             At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`.
+        config : what run.toml holds, see `config.config_text`
 
         Returns
         -------
@@ -148,6 +149,8 @@ class RunFolder:
                 path.unlink()
         self._facts = {"format": FORMAT, **facts}
         self._write_run_json("running", checkpoint.history if checkpoint else [])
+        if config:
+            _replace(self.path / "run.toml", config.encode())
         return checkpoint
 
     def write_iteration(self, checkpoint: Checkpoint, source: ParticleSource) -> None:
