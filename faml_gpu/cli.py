@@ -6,7 +6,6 @@ Only light modules are imported at the top, so that --help answers at once.
 from __future__ import annotations
 
 import inspect
-import re
 import shlex
 import signal
 import sys
@@ -52,8 +51,8 @@ def _from_config(context: typer.Context, path: Path | None) -> Path | None:
         names = {
             opt.removeprefix("--").replace("-", "_"): parameter.name
             for parameter in context.command.params
-            for opt in (parameter.opts if parameter.param_type_name == "option" else [str(parameter.name)])
-            if parameter.name != "config" and not re.match("-[^-]", opt)
+            for opt in ([opt for opt in parameter.opts if opt.startswith("--")] or [str(parameter.name)])
+            if parameter.name != "config"
         }
         try:
             found = read_config(path, names)
@@ -320,7 +319,6 @@ class Shared:
             help="File with options, as in tilt_range = [-60, 60]; particles (the INPUT) and classes too. Those given "
             "here as well win. Every run leaves such a file, run.toml.",
             callback=_from_config,
-            is_eager=True,
             rich_help_panel=RUN_PANEL,
         ),
     ] = None
