@@ -322,6 +322,14 @@ class Shared:
             rich_help_panel=RUN_PANEL,
         ),
     ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check input and options, tell how much time, memory and disk the run will take, and write nothing.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
     resume: Annotated[
         bool,
         typer.Option(
@@ -799,6 +807,9 @@ def main() -> None:
 def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     output: Path = options["output"]
     options.pop("config")  # its values are among the others
+    if options.pop("dry_run"):
+        _dry_run(particles, n_classes, options)
+        return
     with _ending(Resume(output)):
         # Here and not at the top: these take a second or two, which --help need not wait for.
         from faml_gpu.device_info import choose_device, n_threads
@@ -821,6 +832,50 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
             f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}; "
             f"to read: {output / 'report.html'}"
         )
+
+
+def _dry_run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
+    with _ending(Resume(None, "nothing was written")):
+        from faml_gpu.device_info import choose_device, n_threads
+        from faml_gpu.dry_run import free_disk, host_memory
+        from faml_gpu.pipeline import dry_run
+
+        device, reason = choose_device(options["device"])
+        typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
+        with Display(0) as display:
+            found = dry_run(particles, n_classes, progress=display.step, **options)
+        took, values = found.forecast, found.resolved
+        of_others = "all read" if found.looked_into == found.particles else f"{found.looked_into} read, all headers"
+        finest, coarsest = values["resolution"], found.box * found.voxel_size / values["r_start"]
+        lines = {
+            "input": f"{found.particles} boxes of {found.box} voxels of {found.voxel_size:g} Å ({of_others})",
+            "plan": f"{'1 class' if n_classes == 1 else f'{n_classes} classes'}, "
+            f"at most {values['iterations']} iterations, detail from {coarsest:.0f} to {finest:.1f} Å, "
+            f"mask of {values['mask_radius']:.0f} Å, shifts to {values['max_shift']:.0f} Å, "
+            f"{took.batch} particles at a time",
+            "time": f"{_seconds(took.first)} for an iteration at the coarsest, {_seconds(took.full)} at all detail: "
+            f"{_seconds(took.total)} in all, less if it converges ({took.measured} particles timed)",
+            "memory": f"{_gigabytes(took.host)} of {_gigabytes(host_memory())}"
+            + (f", {_gigabytes(took.device)} on {device}" if took.device is not None else ""),
+            "disk": f"{_gigabytes(took.disk)} of {_gigabytes(free_disk(options['output']))} free",
+        }
+        for name, text in lines.items():
+            typer.echo(f"{name:<8} {text}")
+        if took.host > host_memory():
+            typer.echo("warning: that is more memory than there is: smaller boxes, or fewer --folds", err=True)
+        if took.disk > free_disk(options["output"]):
+            typer.echo("warning: that is more disk than is free", err=True)
+        typer.echo("nothing was written")
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GB"
 
 
 class Display:

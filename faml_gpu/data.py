@@ -77,6 +77,11 @@ class Poses:
     shifts: Float64
     classes: Int64 | None = None
 
+    def take(self, rows: Int64) -> Poses:
+        """Those of some particles."""
+        classes = None if self.classes is None else self.classes[rows]
+        return Poses(self.rotations[rows], self.shifts[rows], classes)
+
 
 class ParticleSource(Protocol):
     """Where the E-step reads its particles from: a STAR file, a folder of boxes, or arrays."""

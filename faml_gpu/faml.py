@@ -34,7 +34,7 @@ from faml_gpu.posteriors import gathered, join, scattered
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
 
-__all__ = ["iterate", "run"]
+__all__ = ["begin", "iterate", "run"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

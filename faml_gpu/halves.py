@@ -98,10 +98,7 @@ class Subset:
     def poses(self) -> Poses | None:
         """Those of the source's particles."""
         poses = self.source.poses
-        if poses is None:
-            return None
-        classes = None if poses.classes is None else poses.classes[self.indices]
-        return Poses(poses.rotations[self.indices], poses.shifts[self.indices], classes)
+        return None if poses is None else poses.take(self.indices)
 
     @property
     def groups(self) -> Mapping[str, Groups]:

@@ -20,6 +20,7 @@ from faml_gpu import faml
 from faml_gpu.config import config_text
 from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
+from faml_gpu.dry_run import Forecast, forecast
 from faml_gpu.errors import InputError
 from faml_gpu.half_files import half_summary, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
@@ -32,8 +33,9 @@ from faml_gpu.report import write_report, write_views
 from faml_gpu.run_folder import RunFolder, writing
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
-__all__ = ["average", "classify"]
+__all__ = ["Outlook", "average", "classify", "dry_run"]
 
+LOOKED_INTO = 64  # boxes, of a dry run
 VOXEL_TOLERANCE = 0.01  # relative; headers round, and a calibration off by more shows at 10 A in a large box
 
 PathLike = str | os.PathLike[str]
@@ -112,42 +114,21 @@ def classify(
     OutputError
         `output` cannot be written; what was written before is whole.
     """
-    chosen = Options(n_classes=n_classes, **options)
-    device, reason = choose_device(chosen.device)
+    folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
     if output is None and (resume or overwrite):
         raise InputError("options resume and overwrite: need an output folder")
-    folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
-    if initial_lowpass is not None:
-        if not initial_lowpass > 0:
-            raise InputError(f"option initial_lowpass: found {initial_lowpass!r}, expected more than 0 A")
-        if reference is None and not use_poses and not chosen.halves:
-            raise InputError(
-                "option initial_lowpass: found no map to filter; give reference or use_poses too, or halves"
-            )
-
-    data = _Input.open(
+    job = _prepare(
         particles,
+        Options(n_classes=n_classes, **options),
         tilt_range=tilt_range,
         tilt_axis=tilt_axis,
         voxel_size=voxel_size,
         use_poses=use_poses,
+        reference=reference,
+        initial_lowpass=initial_lowpass,
         progress=progress,
     )
-    source = data.source
-    if n_classes > len(source):
-        raise InputError(f"option n_classes: found {n_classes}, expected at most the {len(source)} particles")
-    noise_groups(source, chosen)  # those asked for are there
-    start_map = None if reference is None else _read_reference(reference, source)
-    known = start_map is not None or use_poses
-    start_filter = initial_lowpass if known else None
-    lowpass = start_lowpass(start_filter, source.voxel_size, known=known)
-    resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
-    together = chosen
-    if chosen.halves:
-        stated_halves(source)  # what the input says of them can be used
-        shared = common_lowpass(chosen, source.box, source.voxel_size, initial_lowpass)
-        together = together_options(chosen, source.box, source.voxel_size, shared)
-        resolved |= {"halves_lowpass": shared}
+    source, chosen = job.data.source, job.options
 
     with ExitStack() as stack:
         checkpoint = None
@@ -159,21 +140,21 @@ def classify(
                     "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "versions": versions(),
                     "machine": machine(),
-                    "device": device,
-                    "device_reason": reason,
+                    "device": job.device,
+                    "device_reason": job.device_reason,
                     "threads": n_threads(chosen.threads),
                     "seed": chosen.seed,
-                    "input": data.description(),
+                    "input": job.data.description(),
                     "start": {
                         "use_poses": use_poses,
-                        "reference": None if start_map is None else hashlib.sha256(start_map.tobytes()).hexdigest(),
+                        "reference": None if job.map is None else hashlib.sha256(job.map.tobytes()).hexdigest(),
                         "initial_lowpass": initial_lowpass,
                     },
                     "options": asdict(chosen),
-                    "resolved": resolved,
+                    "resolved": job.resolved,
                 },
-                data.config(
-                    chosen, resolved, use_poses=use_poses, reference=reference, initial_lowpass=initial_lowpass
+                job.data.config(
+                    chosen, job.resolved, use_poses=use_poses, reference=reference, initial_lowpass=initial_lowpass
                 ),
             )
 
@@ -185,16 +166,16 @@ def classify(
 
         result = faml.run(
             source,
-            together,
-            reference=start_map,
-            initial_lowpass=start_filter,
+            job.together,
+            reference=job.map,
+            initial_lowpass=job.start_filter,
             use_poses=use_poses,
             checkpoint=checkpoint,
             on_iteration=after_iteration,
             progress=progress,
         )
         if chosen.halves:
-            result = _halve(source, chosen, result, shared, folder, on_iteration, progress)
+            result = _halve(source, chosen, result, job.halves_lowpass, folder, on_iteration, progress)
         remarks = _doubts(result)
         if folder is not None:
             _write_final(folder, result, source, remarks)
@@ -204,6 +185,136 @@ def classify(
     for text in remarks:
         warnings.warn(text, stacklevel=2)
     return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be run, checked.
+
+    options, resolved : as given, and with what they come to; `together` those of the run of all particles, which with
+        `halves` goes to `halves_lowpass` only
+    map, start_filter : of a start that knows something; `lowpass` what that filter comes to
+    """
+
+    data: _Input
+    options: Options
+    together: Options
+    resolved: dict[str, Any]
+    device: str
+    device_reason: str
+    map: NDArray[np.float32] | None
+    start_filter: float | None
+    lowpass: float | None
+    halves_lowpass: float
+
+
+def _prepare(
+    particles: PathLike | ParticleSource,
+    chosen: Options,
+    *,
+    tilt_range: tuple[float, float] | None,
+    tilt_axis: str,
+    voxel_size: float | None,
+    use_poses: bool,
+    reference: PathLike | NDArray[np.float32] | None,
+    initial_lowpass: float | None,
+    progress: Progress | None,
+    sample: int | None = None,
+) -> _Job:
+    """Open the input and check that the options fit it; `sample`: see `open_particles`."""
+    device, reason = choose_device(chosen.device)
+    if initial_lowpass is not None:
+        if not initial_lowpass > 0:
+            raise InputError(f"option initial_lowpass: found {initial_lowpass!r}, expected more than 0 A")
+        if reference is None and not use_poses and not chosen.halves:
+            raise InputError(
+                "option initial_lowpass: found no map to filter; give reference or use_poses too, or halves"
+            )
+    data = _Input.open(
+        particles,
+        tilt_range=tilt_range,
+        tilt_axis=tilt_axis,
+        voxel_size=voxel_size,
+        use_poses=use_poses,
+        progress=progress,
+        sample=sample,
+    )
+    source = data.source
+    if chosen.n_classes > data.listed:
+        raise InputError(f"option n_classes: found {chosen.n_classes}, expected at most the {data.listed} particles")
+    noise_groups(source, chosen)  # those asked for are there
+    start_map = None if reference is None else _read_reference(reference, source)
+    known = start_map is not None or use_poses
+    start_filter = initial_lowpass if known else None
+    lowpass = start_lowpass(start_filter, source.voxel_size, known=known)
+    resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
+    together, shared = chosen, 0.0
+    if chosen.halves:
+        stated_halves(source)  # what the input says of them can be used
+        shared = common_lowpass(chosen, source.box, source.voxel_size, initial_lowpass)
+        together = together_options(chosen, source.box, source.voxel_size, shared)
+        resolved |= {"halves_lowpass": shared}
+    return _Job(data, chosen, together, resolved, device, reason, start_map, start_filter, lowpass, shared)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a dry run found: how many particles, the options with what they come to, and what the run will take."""
+
+    particles: int
+    looked_into: int
+    box: int
+    voxel_size: float
+    resolved: dict[str, Any]
+    forecast: Forecast
+
+
+def dry_run(
+    particles: PathLike | ParticleSource,
+    n_classes: int,
+    output: PathLike | None = None,
+    *,
+    tilt_range: tuple[float, float] | None = None,
+    tilt_axis: str = "y",
+    voxel_size: float | None = None,
+    use_poses: bool = False,
+    reference: PathLike | NDArray[np.float32] | None = None,
+    initial_lowpass: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Outlook:
+    """What `classify` would do and take, writing nothing: parameters and errors are the same.
+
+    All headers are read, but only a few of the boxes and weights; these are timed through an iteration.
+    """
+    if output is not None:
+        RunFolder(output, resume=resume, overwrite=overwrite).check()
+    chosen = Options(n_classes=n_classes, **options)
+    job = _prepare(
+        particles,
+        chosen,
+        tilt_range=tilt_range,
+        tilt_axis=tilt_axis,
+        voxel_size=voxel_size,
+        use_poses=use_poses,
+        reference=reference,
+        initial_lowpass=initial_lowpass,
+        progress=progress,
+        sample=max(LOOKED_INTO, 2 * n_classes),
+    )
+    found = forecast(
+        job.data.source,
+        chosen,
+        job.data.listed,
+        device=job.device,
+        reference=job.map,
+        use_poses=use_poses,
+        initial_lowpass=job.lowpass,
+    )
+    source = job.data.source
+    return Outlook(job.data.listed, len(source), source.box, source.voxel_size, job.resolved, found)
 
 
 def _halve(
@@ -273,6 +384,7 @@ class _Input:
     source: ParticleSource
     path: str
     reading: dict[str, Any]
+    listed: int  # particles of the input; `source` may be a sample of them
 
     @classmethod
     def open(
@@ -284,6 +396,7 @@ class _Input:
         voxel_size: float | None,
         use_poses: bool,
         progress: Progress | None,
+        sample: int | None,
     ) -> _Input:
         """Open a path or glob; a ParticleSource is taken as it is."""
         if not isinstance(particles, (str, os.PathLike)):
@@ -291,13 +404,14 @@ class _Input:
                 raise InputError("options tilt_range and voxel_size: belong to files, not to a ParticleSource")
             if use_poses and particles.poses is None:
                 raise InputError("option use_poses: the particles have no poses")
-            return cls(particles, type(particles).__name__, {})
+            return cls(particles, type(particles).__name__, {}, len(particles))
         source = open_particles(
             particles,
             tilt_range=tilt_range,
             tilt_axis=tilt_axis,
             voxel_size=voxel_size,
             use_poses=use_poses,
+            sample=sample,
             progress=progress,
         )
         for text in source.warnings:
@@ -307,7 +421,7 @@ class _Input:
             "tilt_axis": tilt_axis,
             "voxel_size": voxel_size,
         }
-        return cls(source, os.path.abspath(particles), reading)
+        return cls(source, os.path.abspath(particles), reading, source.listed)
 
     def description(self) -> dict[str, Any]:
         """JSON-ready; `fingerprint` tells whether a resumed run still sees the same data."""

@@ -88,20 +88,25 @@ class RunFolder:
         self._lock: int | None = None
         self._facts: dict[str, Any] = {}
 
-    def __enter__(self) -> Self:
+    def check(self) -> None:
+        """Raise what entering would, as far as can be told without making or locking anything."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"output {self.path}: found a file, expected a folder")
         if self._resume and not (self.path / "run.json").is_file():
             raise InputError(f"output {self.path}: found no run to go on with (no run.json); leave --resume out")
+        if not (self._resume or self._overwrite) and self.path.is_dir() and self._our_files():
+            raise InputError(
+                f"output {self.path}: found another run ({len(self._our_files())} files), expected a folder "
+                "without one; give --resume to go on with it, --overwrite to replace it, or another folder"
+            )
+
+    def __enter__(self) -> Self:
+        self.check()
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _acquire(self.path / LOCK)
         try:
-            if not (self._resume or self._overwrite) and self._our_files():
-                raise InputError(
-                    f"output {self.path}: found another run ({len(self._our_files())} files), expected a folder "
-                    "without one; give --resume to go on with it, --overwrite to replace it, or another folder"
-                )
+            self.check()  # another process may have been faster
         except BaseException:
             self.close()
             raise

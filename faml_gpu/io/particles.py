@@ -65,6 +65,7 @@ class FileParticles:
     groups : by optics group and by tomogram, as far as the STAR file tells
     weight_ids, weight_index : names of the distinct weights, and which of them each particle has
     warnings : what the user should be told (wedge and data do not fit), usually empty
+    listed : how many particles the input has: more than there are here, if only a sample was opened
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class FileParticles:
         self.box = headers[0].shape[0]
         self.paths = [header.path for header in headers]
         self.warnings: tuple[str, ...] = ()
+        self.listed = len(headers)
         weight_bytes = 4 * self.box**2 * (self.box // 2 + 1)
         self._weight = lru_cache(maxsize=max(1, WEIGHT_CACHE // weight_bytes))(self._read_weight)
 
@@ -211,6 +213,7 @@ def open_particles(
     tilt_axis: str = "y",
     voxel_size: float | None = None,
     use_poses: bool = False,
+    sample: int | None = None,
     progress: Progress | None = None,
 ) -> FileParticles:
     """Open subtomograms and check all of them: headers first, then each file is read once.
@@ -224,6 +227,8 @@ def open_particles(
         unset; a weight's header is never asked.
     use_poses : take angles, origins and classes of the STAR file as `poses`. A box cut by RELION 4 or 5 has the pose
         rlnAngle* alone in its own frame; rlnTomoSubtomogram* is not composed.
+    sample : of all boxes read the headers only, and look into so many of them, spread over the input; what comes back
+        are these. For a quick look: values of the others are not checked.
     progress : called with (step, done, total)
 
     Raises
@@ -263,12 +268,18 @@ def open_particles(
         _check_image_size(table, box)
     voxel = _agreed_voxel_size(headers, table, voxel_size, source)
     poses = star_poses(table, voxel) if table is not None and use_poses else None
+    listed = len(paths)
+    if sample is not None:
+        rows = np.unique(np.linspace(0, listed - 1, sample).astype(np.int64))
+        headers, weight_paths = [headers[i] for i in rows], [weight_paths[i] for i in rows if weight_paths]
+        groups = {kind: Groups(g.names, g.index[rows]) for kind, g in groups.items()}
+        poses = None if poses is None else poses.take(rows)
 
     weights: list[MrcHeader | Float32]
     means: Float64 | None = None
     if tilt_range is not None:
         wedge = missing_wedge(box, tilt_range, tilt_axis)
-        weights, ids, index = [wedge], [_content_id(wedge)], np.zeros(len(paths), np.int64)
+        weights, ids, index = [wedge], [_content_id(wedge)], np.zeros(len(headers), np.int64)
     else:
         weights, ids, index, means = _distinct_weights(weight_paths, box, progress, premultiplied=premultiplied)
     result = FileParticles(
@@ -282,6 +293,7 @@ def open_particles(
         groups,
         means,
     )
+    result.listed = listed
     _check_boxes(headers, progress)
     result.warnings = _wedge_warnings(result)
     return result

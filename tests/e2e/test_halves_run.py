@@ -73,7 +73,9 @@ def test_what_a_run_with_halves_leaves(n_classes: int, small_star: Path, tmp_pat
     command = ["average"] if n_classes == 1 else ["classify", "-k", "2"]
     printed = run(*command, small_star, "-o", out, *FLAGS)
     names = {path.name for path in out.iterdir() if not path.name.startswith("run_it")}
-    expected = {"run.json", "run_data.star", "run_class_posteriors.star"}
+    expected = {"run.json", "run.toml", "run_data.star", "run_class_posteriors.star"}
+    expected |= {"report.html", "run.cxc", "run_classes.png"}
+    expected |= {f"run_class{k:03d}_angdist.bild" for k in range(1, n_classes + 1)}
     for k in range(1, n_classes + 1):
         root = "postprocess" if n_classes == 1 else f"postprocess_class{k:03d}"
         expected |= {f"{root}{end}" for end in (".mrc", ".star", "_fsc.json", "_fsc.png")}
@@ -88,6 +90,7 @@ def test_what_a_run_with_halves_leaves(n_classes: int, small_star: Path, tmp_pat
             kept = sorted(out.glob(f"run_it*_half{half}_class{k:03d}_checkpoint.*"))
             assert [path.name[:9] for path in kept] == ["run_it002"] * 2 + ["run_it003"] * 2
     assert names == expected
+    assert '<h2 id="fsc">' in (out / "report.html").read_text()
     assert "half 2  3/3  L " in printed
 
     particles = starfile.read(out / "run_data.star")["particles"]
@@ -155,7 +158,7 @@ def test_files_of_halves_are_a_run_and_go_at_once(small_star: Path, tmp_path: Pa
 
     with pytest.raises(StopError):
         faml_gpu.average(small_star, out, overwrite=True, progress=stop, **OPTIONS)
-    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert {path.name for path in out.iterdir()} == {"run.json", "run.toml"}
 
 
 def test_two_particles_are_two_halves(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""`--dry-run`: checks what a run would, writes nothing, and reckons time and memory from a few particles."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import mrcfile
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from faml_gpu import dry_run, pipeline
+from faml_gpu.cli import app
+from faml_gpu.errors import InputError
+from faml_gpu.halves import stated_halves
+from faml_gpu.io.mrc import write_mrc
+from faml_gpu.io.particles import ArrayParticles, open_particles
+from faml_gpu.io.star import read_particles_star
+from faml_gpu.options import Options
+from faml_gpu.plan import Plan
+
+FLAGS = ["--tilt-range", "-60", "60", "--mask-radius", "120", "--bandwidth", "6", "--candidates", "4"]
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, list(arguments), env={"TERM": "dumb", "COLUMNS": "400"})
+    assert done.exit_code == status, done.output
+    return done.output
+
+
+def test_it_tells_the_plan_and_writes_nothing(small_star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = run("classify", str(small_star), "-k", "2", "-o", str(out), "--dry-run", *FLAGS)
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines()[1:-1])
+    assert lines["input"] == "6 boxes of 16 voxels of 24 Å (all read)"
+    assert lines["plan"].startswith("2 classes, at most 20 iterations, detail from 77 to 54.9 Å, mask of 120 Å")
+    assert " at all detail: " in lines["time"]
+    assert set(lines) == {"input", "plan", "time", "memory", "disk"}
+    assert told.endswith("nothing was written\n")
+    assert not out.exists()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "data"]
+
+
+def test_it_refuses_what_a_run_would(small_star: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "run.json").write_text("{}")
+
+    def refused(*more: str) -> str:
+        return run("average", str(small_star), "--dry-run", *FLAGS, *more, status=2)
+
+    assert "found another run" in refused("-o", str(tmp_path / "there"))
+    assert "found no run to go on with" in refused("-o", str(tmp_path / "new"), "--resume")
+    assert "option mask-radius" in refused("-o", str(tmp_path / "new"), "--mask-radius", "1000")
+    assert "nowhere.mrc" in refused("-o", str(tmp_path / "new"), "--reference", "nowhere.mrc")
+    assert "device" in refused("-o", str(tmp_path / "new"), "--device", "tpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "there"}
+
+
+@pytest.fixture
+def many(small_star: Path, tmp_path: Path) -> Path:
+    """A hundred particles of two optics groups, with poses and halves; boxes are copies of six."""
+    table = read_particles_star(small_star)
+    boxes = [small_star.parent / name for name in table.image_names]
+    (tmp_path / "many").mkdir()
+    rows = []
+    for i in range(100):
+        shutil.copy(boxes[i % 6], tmp_path / "many" / f"{i:03d}.mrc")
+        rows.append(f"{i:03d}.mrc {1 + i // 50} {i} 20 30 {1 + i % 2}")
+    columns = ("ImageName", "OpticsGroup", "AngleRot", "AngleTilt", "AnglePsi", "RandomSubset")
+    head = "".join(f"_rln{name} #{k}\n" for k, name in enumerate(columns, 1))
+    optics = "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n1 24\n2 24\n\n"
+    star = tmp_path / "many" / "particles.star"
+    star.write_text(f"{optics}data_particles\n\nloop_\n{head}" + "\n".join(rows) + "\n")
+    return star
+
+
+def test_a_sample_is_the_same_particles(many: Path) -> None:
+    whole = open_particles(many, tilt_range=(-60, 60), use_poses=True)
+    some = open_particles(many, tilt_range=(-60, 60), use_poses=True, sample=4)
+    rows = [0, 33, 66, 99]
+    assert (len(some), some.listed, whole.listed) == (4, 100, 100)
+    assert some.paths == [whole.paths[i] for i in rows]
+    np.testing.assert_array_equal(some.read(np.arange(4)).boxes, whole.read(np.array(rows)).boxes)
+    np.testing.assert_array_equal(some.poses.rotations, whole.poses.rotations[rows])
+    np.testing.assert_array_equal(some.groups["optics"].index, [0, 0, 1, 1])
+    assert len(open_particles(many, tilt_range=(-60, 60), sample=1000)) == 100
+    assert stated_halves(some) is not None
+
+
+def test_weights_of_a_sample(many: Path, tmp_path: Path) -> None:
+    """Each particle its own, and only those of the sample are read."""
+    text = many.read_text().replace("_rlnRandomSubset #6", "_rlnCtfImage #6")
+    head, rows = text[: text.index("000.mrc")], text[text.index("000.mrc") :].splitlines()
+    for i in range(100):
+        weight = np.full((16, 16, 9), (i + 1) / 100, np.float32)
+        if i != 50:
+            write_mrc(many.parent / f"w{i}.mrc", weight, 24.0)
+        else:
+            (many.parent / "w50.mrc").write_bytes((many.parent / "w49.mrc").read_bytes()[:1500])
+    new = [f"{row.rsplit(maxsplit=1)[0]} w{i}.mrc" for i, row in enumerate(rows)]
+    star = many.with_name("weighted.star")
+    star.write_text(head + "\n".join(new) + "\n")
+    batch = open_particles(star, sample=3).read(np.arange(3))  # 0, 49, 99
+    np.testing.assert_allclose(batch.weights[batch.weight_index].max(axis=(1, 2, 3)), [0.01, 0.5, 1.0], rtol=1e-6)
+    with pytest.raises(InputError, match=r"w50\.mrc"):
+        open_particles(star)
+
+
+def test_all_headers_are_read(many: Path) -> None:
+    with mrcfile.open(many.parent / "067.mrc", mode="r+") as mrc:
+        mrc.voxel_size = 20.0
+    with pytest.raises(InputError, match=r"067.mrc: voxel size 20 A"):
+        pipeline.dry_run(many, 1, tilt_range=(-60, 60))
+
+
+def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation) -> None:
+    """Steps done once count once for each fold, the others for each particle; between bands a power of the band."""
+    n, options = 1000, Options(n_classes=2, iterations=5, mask_radius=120.0, device="cpu")
+    particles = ArrayParticles(small_simulation.boxes, 24.0, small_simulation.weight)
+    counts = []
+
+    def iterate(plan: Plan, chosen, checkpoint):
+        counts.append(len(chosen))
+        assert plan.options.choices.folds == 1
+        seconds = {"references": 0.1, "maximization": 0.2, "read": 0.01 * len(chosen), "rotate back": 0.0}
+        seconds["pose integral"] = 0.04 * len(chosen) * (plan.r_max(1) / 7) ** 3
+        return SimpleNamespace(history=[SimpleNamespace(seconds=seconds)])
+
+    monkeypatch.setattr(dry_run.faml, "begin", lambda *a: None)
+    monkeypatch.setattr(dry_run.faml, "iterate", iterate)
+    found = dry_run.forecast(particles, options, n, device="cpu")
+    plan = Plan.make(particles, options)
+    assert (plan.r_start, plan.r_final) == (5, 7)
+    assert found.measured == 6
+    assert counts[-4:] == [6] * 4
+    assert found.batch == 32
+    assert found.full == pytest.approx(0.3 * 10 + 0.05 * n)
+    assert found.first == pytest.approx(0.3 * 10 + (0.01 + 0.04 * (5 / 7) ** 3) * n)
+    power = np.log(found.full / found.first) / np.log(7 / 5)
+    bands = [5, 6, 7, 7, 7]
+    assert [plan.r_max(i) for i in range(1, 6)] == bands
+    assert found.total == pytest.approx(sum(found.first * (r / 5) ** power for r in bands) + 0.01 * n)
+    alone = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, folds=1), n, device="cpu")
+    assert alone.full == pytest.approx(0.3 + 0.05 * n)
+    assert alone.host < found.host
+    halves = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, halves=True), n, device="cpu")  # fmt: skip  # noqa: E501
+    assert halves.total == pytest.approx(2 * found.total)
+    assert dry_run.forecast(particles, options, 55, device="cpu").batch == 5  # of a fold
