@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 
 from faml_gpu import kernels
-from faml_gpu.array_backend import Array, namespace, twin
+from faml_gpu.array_backend import Array, device_of, namespace, to_device, twin
 from faml_gpu.ops._check import require
 
 __all__ = ["harmonics"]
@@ -39,9 +40,24 @@ def harmonics(points: Array, bandwidth: int, *, even: bool = True) -> Array:
     return twin(_harmonics_cpu, _harmonics_cuda, points)(points, bandwidth, 2 if even else 1)
 
 
+@lru_cache(maxsize=8)
+def _recurrence(bandwidth: int, device: str) -> Array:
+    """Factors (L, L, 2) float64, [m, l]: P_lm = a (z P_l-1,m - b P_l-2,m) for l > m; at l = m that from m - 1 to m.
+
+    Roots and quotients, the same for every point: one by one they take ten times as long as all the rest.
+    """
+    table = np.zeros((bandwidth, bandwidth, 2))
+    for m in range(bandwidth):
+        table[m, m, 0] = -np.sqrt((2 * m + 1) / (2 * m)) if m else 1 / np.sqrt(4 * np.pi)
+        l = np.arange(m + 1, bandwidth)
+        table[m, m + 1 :, 0] = np.sqrt((4 * l * l - 1) / (l * l - m * m))
+        table[m, m + 1 :, 1] = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1))
+    return to_device(table, device)
+
+
 def _harmonics_cpu(points: Array, bandwidth: int, step: int) -> Array:
     table = np.zeros((len(points), 2, bandwidth, -(-bandwidth // step)), np.float32)
-    _harmonics_loop(points, bandwidth, step, table)
+    _harmonics_loop(points, _recurrence(bandwidth, "cpu"), step, table)
     return table
 
 
@@ -50,27 +66,29 @@ def _harmonics_cuda(points: Array, bandwidth: int, step: int) -> Array:
     n = len(points)
     table = xp.empty((n, 2, bandwidth, -(-bandwidth // step)), np.float32)
     blocks = -(-n // kernels.THREADS["harmonics"])
-    kernels.launch("harmonics", np.float32, blocks, (points, n, bandwidth, step, table))
+    factors = _recurrence(bandwidth, device_of(points))
+    kernels.launch("harmonics", np.float32, blocks, (points, factors, n, bandwidth, step, table))
     return table
 
 
 @numba.njit(parallel=True, cache=True)
-def _harmonics_loop(points: Any, bandwidth: int, step: int, table: Any) -> None:
+def _harmonics_loop(points: Any, factors: Any, step: int, table: Any) -> None:
+    bandwidth = factors.shape[0]
     for j in numba.prange(points.shape[0]):
         x, y, z = points[j, 0], points[j, 1], points[j, 2]
         length = np.sqrt(x * x + y * y + z * z)
         z /= length
-        # sin(theta) exp(i phi) = x + i y: its m-th power carries both the phase and the factor sin^m(theta).
+        # sin(theta) exp(i phi) = x + i y: its m-th power carries the phase and the factor sin^m(theta), and what is
+        # left of Y_lm is a polynomial in z.
         xy = complex(x / length, y / length)
-        top = complex(1 / np.sqrt(4 * np.pi), 0.0)
+        top = complex(factors[0, 0, 0], 0.0)
         for m in range(bandwidth):
             if m:
-                top = -np.sqrt((2 * m + 1) / (2 * m)) * xy * top
-            before, now = complex(0.0, 0.0), top
+                top = factors[m, m, 0] * xy * top
+            before, now = 0.0, 1.0
             for l in range(m, bandwidth):
                 if l > m:
-                    a = np.sqrt((4 * l * l - 1) / (l * l - m * m))
-                    b = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1)) if l > 1 else 0.0
-                    before, now = now, a * (z * now - b * before)
+                    before, now = now, factors[m, l, 0] * (z * now - factors[m, l, 1] * before)
                 if l % step == 0:
-                    table[j, 0, m, l // step], table[j, 1, m, l // step] = now.real, -now.imag
+                    table[j, 0, m, l // step] = now * top.real
+                    table[j, 1, m, l // step] = -now * top.imag
