@@ -7,9 +7,10 @@ from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from faml_gpu import kernels
-from faml_gpu.array_backend import Array, device_of, namespace, to_device, twin
+from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.ops._check import require
 
 __all__ = ["harmonics"]
@@ -41,7 +42,7 @@ def harmonics(points: Array, bandwidth: int, *, even: bool = True) -> Array:
 
 
 @lru_cache(maxsize=8)
-def _recurrence(bandwidth: int, device: str) -> Array:
+def _recurrence(bandwidth: int) -> NDArray[np.float64]:
     """Factors (L, L, 2) float64, [m, l]: P_lm = a (z P_l-1,m - b P_l-2,m) for l > m; at l = m that from m - 1 to m.
 
     Roots and quotients, the same for every point: one by one they take ten times as long as all the rest.
@@ -52,12 +53,12 @@ def _recurrence(bandwidth: int, device: str) -> Array:
         l = np.arange(m + 1, bandwidth)
         table[m, m + 1 :, 0] = np.sqrt((4 * l * l - 1) / (l * l - m * m))
         table[m, m + 1 :, 1] = np.sqrt(((l - 1) ** 2 - m * m) / (4 * (l - 1) ** 2 - 1))
-    return to_device(table, device)
+    return table
 
 
 def _harmonics_cpu(points: Array, bandwidth: int, step: int) -> Array:
     table = np.zeros((len(points), 2, bandwidth, -(-bandwidth // step)), np.float32)
-    _harmonics_loop(points, _recurrence(bandwidth, "cpu"), step, table)
+    _harmonics_loop(points, _recurrence(bandwidth), step, table)
     return table
 
 
@@ -66,7 +67,7 @@ def _harmonics_cuda(points: Array, bandwidth: int, step: int) -> Array:
     n = len(points)
     table = xp.empty((n, 2, bandwidth, -(-bandwidth // step)), np.float32)
     blocks = -(-n // kernels.THREADS["harmonics"])
-    factors = _recurrence(bandwidth, device_of(points))
+    factors = xp.asarray(_recurrence(bandwidth))
     kernels.launch("harmonics", np.float32, blocks, (points, factors, n, bandwidth, step, table))
     return table
 
