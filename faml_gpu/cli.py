@@ -76,7 +76,7 @@ class Shared:
         typer.Option(
             metavar="LO HI",
             help="Lowest and highest tilt of the tilt series, degrees, such as -60 60: sets the missing wedge. "
-            "Needed unless the STAR file has rlnCtfImage.",
+            "Needed unless the STAR file has rlnCtfImage or the Dynamo table has it.",
             rich_help_panel=INPUT_PANEL,
         ),
     ] = None
@@ -89,6 +89,14 @@ class Shared:
         typer.Option(
             metavar="Å",
             help="Voxel size, if the files do not say it (or to check what they say).",
+            rich_help_panel=INPUT_PANEL,
+        ),
+    ] = None
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of a Dynamo table's boxes (particle_000001.em ...), if they are not beside it.",
             rich_help_panel=INPUT_PANEL,
         ),
     ] = None
@@ -350,7 +358,8 @@ class Shared:
 
 INPUT_ARGUMENT = typer.Argument(
     metavar="INPUT",
-    help="RELION STAR file of 3-D subtomograms, folder of .mrc boxes, or quoted pattern such as 'boxes/*.mrc'.",
+    help="RELION STAR file of 3-D subtomograms, Dynamo table (.tbl), folder of .mrc or .em boxes, quoted pattern "
+    "such as 'boxes/*.mrc', or a stack of boxes in one file (.mrc, .mrcs, .npy).",
     show_default=False,
 )
 

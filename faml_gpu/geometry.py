@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "dynamo_to_matrix",
     "euler_to_matrix",
+    "matrix_to_dynamo",
     "matrix_to_euler",
     "matrix_to_relion",
     "random_euler",
@@ -88,6 +90,31 @@ def relion_to_matrix(rot_tilt_psi: ArrayLike) -> Floats:
 def matrix_to_relion(matrices: ArrayLike) -> Floats:
     """(rlnAngleRot, rlnAngleTilt, rlnAnglePsi) in degrees of our R: the inverse of `relion_to_matrix`."""
     return np.rad2deg(matrix_to_euler(np.swapaxes(np.asarray(matrices, dtype=np.float64), -1, -2)))
+
+
+def dynamo_to_matrix(tdrot_tilt_narot: ArrayLike) -> Floats:
+    """Our R for Dynamo's (tdrot, tilt, narot) in degrees.
+
+    Parameters
+    ----------
+    tdrot_tilt_narot : (..., 3) array, degrees
+
+    Returns
+    -------
+    (..., 3, 3) float64 array
+        `scipy.spatial.transform.Rotation.from_euler("zxz", angles, degrees=True).inv()`.
+    """
+    tdrot, tilt, narot = np.moveaxis(np.asarray(tdrot_tilt_narot, dtype=np.float64), -1, 0)
+    # x is y turned by -90 degrees about z.
+    zyz = np.deg2rad(np.stack([narot - 90, tilt, tdrot + 90], axis=-1))
+    return np.ascontiguousarray(np.swapaxes(euler_to_matrix(zyz), -1, -2))
+
+
+def matrix_to_dynamo(matrices: ArrayLike) -> Floats:
+    """(tdrot, tilt, narot) in degrees of our R, in (-180, 180]: the inverse of `dynamo_to_matrix`."""
+    alpha, beta, gamma = np.moveaxis(np.rad2deg(matrix_to_euler(np.swapaxes(np.asarray(matrices), -1, -2))), -1, 0)
+    angles = np.stack([gamma - 90, beta, alpha + 90], axis=-1)
+    return np.asarray(180 - (180 - angles) % 360)
 
 
 def rotation_angle(first: ArrayLike, second: ArrayLike) -> Floats:

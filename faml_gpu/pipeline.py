@@ -72,6 +72,7 @@ def classify(
     tilt_range: tuple[float, float] | None = None,
     tilt_axis: str = "y",
     voxel_size: float | None = None,
+    boxes: PathLike | None = None,
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
@@ -85,12 +86,14 @@ def classify(
 
     Parameters
     ----------
-    particles : RELION STAR file, folder of .mrc boxes, glob pattern, or a ParticleSource
+    particles : RELION STAR file, Dynamo table, folder of .mrc or .em boxes, glob pattern, stack of boxes in one file
+        (.mrc, .mrcs, .npy), or a ParticleSource
     n_classes : K, from 1 to the number of particles
     output : folder for maps, STAR files, checkpoints and run.json; None writes nothing
     tilt_range : lowest and highest tilt in degrees, where the input has no 3-D weights (rlnCtfImage) of its own
     tilt_axis : "y" or "x"
     voxel_size : Angstrom, where the input does not say it
+    boxes : folder of the boxes of a Dynamo table, where it is not the table's
     use_poses : start from the poses (and classes) of the STAR file
     reference : start from this map: a file, or an array `[z, y, x]`; same box and voxel size as the particles
     initial_lowpass : low-pass of the start, Angstrom (needs `reference`, `use_poses` or `halves`)
@@ -123,6 +126,7 @@ def classify(
         tilt_range=tilt_range,
         tilt_axis=tilt_axis,
         voxel_size=voxel_size,
+        boxes=boxes,
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
@@ -215,6 +219,7 @@ def _prepare(
     tilt_range: tuple[float, float] | None,
     tilt_axis: str,
     voxel_size: float | None,
+    boxes: PathLike | None,
     use_poses: bool,
     reference: PathLike | NDArray[np.float32] | None,
     initial_lowpass: float | None,
@@ -235,6 +240,7 @@ def _prepare(
         tilt_range=tilt_range,
         tilt_axis=tilt_axis,
         voxel_size=voxel_size,
+        boxes=boxes,
         use_poses=use_poses,
         progress=progress,
         sample=sample,
@@ -277,6 +283,7 @@ def dry_run(
     tilt_range: tuple[float, float] | None = None,
     tilt_axis: str = "y",
     voxel_size: float | None = None,
+    boxes: PathLike | None = None,
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
@@ -298,6 +305,7 @@ def dry_run(
         tilt_range=tilt_range,
         tilt_axis=tilt_axis,
         voxel_size=voxel_size,
+        boxes=boxes,
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
@@ -394,14 +402,15 @@ class _Input:
         tilt_range: tuple[float, float] | None,
         tilt_axis: str,
         voxel_size: float | None,
+        boxes: PathLike | None,
         use_poses: bool,
         progress: Progress | None,
         sample: int | None,
     ) -> _Input:
         """Open a path or glob; a ParticleSource is taken as it is."""
         if not isinstance(particles, (str, os.PathLike)):
-            if tilt_range is not None or voxel_size is not None:
-                raise InputError("options tilt_range and voxel_size: belong to files, not to a ParticleSource")
+            if tilt_range is not None or voxel_size is not None or boxes is not None:
+                raise InputError("options tilt_range, voxel_size and boxes: belong to files, not to a ParticleSource")
             if use_poses and particles.poses is None:
                 raise InputError("option use_poses: the particles have no poses")
             return cls(particles, type(particles).__name__, {}, len(particles))
@@ -411,6 +420,7 @@ class _Input:
             tilt_axis=tilt_axis,
             voxel_size=voxel_size,
             use_poses=use_poses,
+            boxes=boxes,
             sample=sample,
             progress=progress,
         )
@@ -420,6 +430,7 @@ class _Input:
             "tilt_range": None if tilt_range is None else list(tilt_range),
             "tilt_axis": tilt_axis,
             "voxel_size": voxel_size,
+            "boxes": None if boxes is None else os.path.abspath(boxes),
         }
         return cls(source, os.path.abspath(particles), reading, source.listed)
 

@@ -26,10 +26,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Posterior, Result, State, best_poses
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Poses, Posterior, Result, State, best_poses
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
+from faml_gpu.io.dynamo import DynamoTable
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
 from faml_gpu.options import Options
@@ -43,8 +44,8 @@ LOCK = ".run.lock"
 
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
-    r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.star|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.star|_class_posteriors\.star|\.json|\.toml)"
+    r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_checkpoint\.(npz|json))"
+    r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_class_posteriors\.star|\.json|\.toml)"
     r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|report\.html"
 )
 _OF_HALVES = re.compile(
@@ -300,8 +301,13 @@ class RunFolder:
     ) -> None:
         path = self.path / f"{stem}_data.star"
         with writing(path):
+            table = _table(source)
             found = particle_columns(posterior, source.voxel_size)
-            write_particles_star(path, _table(source), {**found, **(columns or {})})
+            write_particles_star(path, table, {**found, **(columns or {})})
+            if isinstance(table, DynamoTable):
+                best = best_poses(posterior)
+                text = table.table_text(Poses(best.rotations, best.shifts, best.classes))
+                _replace(path.with_suffix(".tbl"), text.encode())
 
 
 def _is_ours(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from faml_gpu.errors import InputError
 from faml_gpu.io.atomic import atomic_path
 
-__all__ = ["MrcHeader", "read_header", "read_mrc", "read_volume", "write_mrc"]
+__all__ = ["VolumeHeader", "read_header", "read_mrc", "read_stack", "read_volume", "write_mrc"]
 
 Float32 = NDArray[np.float32]
 
@@ -28,11 +28,12 @@ _HEADER_BYTES = 1024
 _TYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _KNOWN_MODES = (*_TYPES, 3, 4, 101)
 _LARGEST = 1 << 20
+_STACK = 401  # space group of a stack of volumes
 _IMOD_STAMP = 1146047817  # IMOD: mode 0 is unsigned unless bit 0 of the flags that follow the stamp is set
 
 
 @dataclass(frozen=True)
-class MrcHeader:
+class VolumeHeader:
     """What a header says of the volume behind it.
 
     Attributes
@@ -69,7 +70,7 @@ class MrcHeader:
         return self.sampling[0]
 
 
-def read_header(path: str | os.PathLike[str]) -> MrcHeader:
+def read_header(path: str | os.PathLike[str]) -> VolumeHeader:
     """Read and check the header of an MRC volume; the data block is not touched, only its length is checked.
 
     Raises
@@ -78,6 +79,35 @@ def read_header(path: str | os.PathLike[str]) -> MrcHeader:
         Missing or unreadable; not MRC; truncated; mode other than 0, 1, 2, 6, 12; a 2-D image or a stack; axis order
         that is no permutation.
     """
+    header, group = _read_any(path)
+    if header.stored_shape[0] == 1 or header.path.suffix.lower() in (".mrcs", ".st") or group >= _STACK:
+        size = " x ".join(map(str, header.stored_shape[::-1]))
+        raise InputError(f"{header.path}: a 2-D image or a stack ({size}), expected one 3-D volume")
+    return header
+
+
+def read_stack(path: str | os.PathLike[str]) -> list[VolumeHeader]:
+    """A header for each cube of a stack of cubes in one MRC file, or one for a file with a single cube.
+
+    Raises
+    ------
+    InputError
+        As `read_header`; sections that are no whole number of cubes.
+    """
+    whole, _ = _read_any(path)
+    n_sections, rows, columns = whole.stored_shape
+    if rows != columns or n_sections % rows or whole.order != (0, 1, 2):
+        size = " x ".join(map(str, whole.stored_shape[::-1]))
+        raise InputError(f"{whole.path}: {size} voxels, expected cubes one after the other ({rows} sections each)")
+    cube = (rows, rows, rows)
+    each = rows**3 * whole.dtype.itemsize
+    return [
+        replace(whole, shape=cube, stored_shape=cube, offset=whole.offset + i * each) for i in range(n_sections // rows)
+    ]
+
+
+def _read_any(path: str | os.PathLike[str]) -> tuple[VolumeHeader, int]:
+    """The header of whatever an MRC file holds, and its space group."""
     path = Path(path)
     try:
         with path.open("rb") as handle:
@@ -92,9 +122,6 @@ def read_header(path: str | os.PathLike[str]) -> MrcHeader:
     if mode not in _TYPES:
         raise InputError(f"{path}: MRC mode {mode}, expected one of {', '.join(map(str, _TYPES))}")
     stored = (int(record["nz"]), int(record["ny"]), int(record["nx"]))
-    if stored[0] == 1 or path.suffix.lower() in (".mrcs", ".st") or int(record["ispg"]) >= 401:
-        size = " x ".join(map(str, stored[::-1]))
-        raise InputError(f"{path}: a 2-D image or a stack ({size}), expected one 3-D volume")
     axes = tuple(int(record[name]) for name in ("maps", "mapr", "mapc"))
     if axes == (0, 0, 0):  # left unset by old programs
         axes = (3, 2, 1)
@@ -114,7 +141,8 @@ def read_header(path: str | os.PathLike[str]) -> MrcHeader:
         float(record["cella"][axis]) / int(record[f"m{axis}"]) if int(record[f"m{axis}"]) > 0 else 0.0 for axis in "xyz"
     )
     shape = (stored[order[0]], stored[order[1]], stored[order[2]])
-    return MrcHeader(path, shape, (sampling[0], sampling[1], sampling[2]), dtype, stored, offset, order)
+    header = VolumeHeader(path, shape, (sampling[0], sampling[1], sampling[2]), dtype, stored, offset, order)
+    return header, int(record["ispg"])
 
 
 def _in_byte_order(raw: bytes, path: Path) -> tuple[Any, str]:
@@ -128,7 +156,7 @@ def _in_byte_order(raw: bytes, path: Path) -> tuple[Any, str]:
     raise InputError(f"{path}: not an MRC file (size or mode in the header make no sense in either byte order)")
 
 
-def read_volume(header: MrcHeader) -> Float32:
+def read_volume(header: VolumeHeader) -> Float32:
     """The volume behind a header, (z, y, x) float32, its axes in that order whatever the file's order.
 
     Raises

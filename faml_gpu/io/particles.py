@@ -23,7 +23,10 @@ from numpy.typing import ArrayLike, NDArray
 from faml_gpu.data import Batch, Groups, Poses, Progress
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import relion_to_matrix
-from faml_gpu.io.mrc import MrcHeader, read_header, read_volume
+from faml_gpu.io.dynamo import DynamoTable, read_dynamo_table
+from faml_gpu.io.em import read_em_header
+from faml_gpu.io.mrc import VolumeHeader, read_header, read_volume
+from faml_gpu.io.stacks import STACKS, stack_headers
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
 from faml_gpu.weights import (
     amplitudes,
@@ -70,10 +73,10 @@ class FileParticles:
 
     def __init__(
         self,
-        headers: Sequence[MrcHeader],
+        headers: Sequence[VolumeHeader],
         voxel_size: float,
         table: ParticleTable,
-        weights: Sequence[MrcHeader | Float32],
+        weights: Sequence[VolumeHeader | Float32],
         weight_ids: Sequence[str],
         weight_index: Int64,
         poses: Poses | None,
@@ -118,7 +121,7 @@ class FileParticles:
 
     def _read_weight(self, which: int) -> Float32:
         weight = self._weights[which]
-        if not isinstance(weight, MrcHeader):
+        if not isinstance(weight, VolumeHeader):
             return weight
         return _load_weight(weight, self.box, premultiplied=self._means is not None)
 
@@ -213,6 +216,7 @@ def open_particles(
     tilt_axis: str = "y",
     voxel_size: float | None = None,
     use_poses: bool = False,
+    boxes: str | os.PathLike[str] | None = None,
     sample: int | None = None,
     progress: Progress | None = None,
 ) -> FileParticles:
@@ -220,13 +224,16 @@ def open_particles(
 
     Parameters
     ----------
-    source : a RELION STAR file (3.0, 3.1, 4, 5) of 3-D subtomograms; a folder of `.mrc` boxes; or a glob of boxes.
-        Paths in a STAR file are relative to it, or else to the working directory.
-    tilt_range, tilt_axis : of all particles, degrees; needed unless the STAR file has `rlnCtfImage`
-    voxel_size : Angstrom; needed where neither STAR file nor headers have it. A header's 0 or exactly 1 A counts as
+    source : a RELION STAR file (3.0, 3.1, 4, 5) of 3-D subtomograms; a Dynamo table (`.tbl`); a folder of `.mrc` or
+        `.em` boxes, or a glob of boxes; or a stack of boxes in one file (`.mrc`, `.mrcs`, `.npy`). Paths in a STAR
+        file are relative to it, or else to the working directory.
+    tilt_range, tilt_axis : of all particles, degrees; needed unless the STAR file has `rlnCtfImage` or the Dynamo table
+        has tilt ranges
+    voxel_size : Angstrom; needed where neither table nor headers have it. A header's 0 or exactly 1 A counts as
         unset; a weight's header is never asked.
     use_poses : take angles, origins and classes of the STAR file as `poses`. A box cut by RELION 4 or 5 has the pose
-        rlnAngle* alone in its own frame; rlnTomoSubtomogram* is not composed.
+        rlnAngle* alone in its own frame; rlnTomoSubtomogram* is not composed. Or those of the Dynamo table.
+    boxes : folder of the boxes of a Dynamo table, if it is not the table's
     sample : of all boxes read the headers only, and look into so many of them, spread over the input; what comes back
         are these. For a quick look: values of the others are not checked.
     progress : called with (step, done, total)
@@ -239,9 +246,16 @@ def open_particles(
     path = Path(source)
     if voxel_size is not None and not (np.isfinite(voxel_size) and voxel_size > 0):
         raise InputError(f"--voxel-size: found {voxel_size}, expected more than 0 A")
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if boxes is not None and suffix != ".tbl":
+        raise InputError(f"--boxes: belongs to a Dynamo table, found {source}")
     table: StarTable | None = None
+    dynamo: DynamoTable | None = None
     premultiplied, groups = False, {}
-    if path.is_file() and path.suffix.lower() == ".star":
+    weight_names: list[str] | None = None
+    headers: list[VolumeHeader] | None = None
+    names: Sequence[str]
+    if suffix == ".star":
         table = read_particles_star(path)
         _check_three_dimensional(table)
         premultiplied, groups = _premultiplied(table), _groups(table)
@@ -249,43 +263,62 @@ def open_particles(
         weight_names = table.strings("rlnCtfImage") if "rlnCtfImage" in table.columns else None
         if weight_names is None:
             _check_common_frame(table, tilt_range)
+    elif suffix == ".tbl":
+        dynamo = read_dynamo_table(path)
+        names = [str(name) for name in dynamo.find_boxes(path.parent if boxes is None else Path(boxes))]
+        groups = dynamo.tomograms()
     else:
-        names, weight_names = _list_boxes(source), None
+        names = _list_boxes(source)
+        if suffix in STACKS:
+            headers = stack_headers(path)
+            names = names if len(headers) == 1 else [f"{i:06d}@{path}" for i in range(1, len(headers) + 1)]
         if use_poses:
-            raise InputError(f"--use-poses: {source} is no STAR file and has no poses")
+            raise InputError(f"--use-poses: {source} is no STAR file or Dynamo table and has no poses")
     if weight_names is not None and tilt_range is not None:
         raise InputError(f"--tilt-range: {path} has a weight per particle (rlnCtfImage); give only one of the two")
-    if weight_names is None and tilt_range is None:
+    if weight_names is None and tilt_range is None and dynamo is None:
         lacks = "has no rlnCtfImage" if table else "has no weights"
         raise InputError(f"{source} {lacks}: the tilt range is needed (--tilt-range LO HI, degrees)")
 
     folder = path.parent if table else Path()
-    paths = _existing(names, folder, table, "rlnImageName")
     weight_paths = _existing(weight_names, folder, table, "rlnCtfImage") if weight_names is not None and table else []
-    headers = list(_in_threads(read_header, paths, progress, "reading headers"))
+    if headers is None:
+        paths = _existing(names, folder, table, "rlnImageName")
+        headers = list(_in_threads(_read_header, paths, progress, "reading headers"))
     box = _common_box(headers)
     if table is not None:
         _check_image_size(table, box)
-    voxel = _agreed_voxel_size(headers, table, voxel_size, source)
-    poses = star_poses(table, voxel) if table is not None and use_poses else None
-    listed = len(paths)
+    voxel = _agreed_voxel_size(headers, table or dynamo, voxel_size, source)
+    poses = None
+    if use_poses:
+        poses = dynamo.poses() if dynamo is not None else star_poses(table, voxel) if table is not None else None
+    listed = len(headers)
+    rows = np.arange(listed) if sample is None else np.unique(np.linspace(0, listed - 1, sample).astype(np.int64))
+
+    weights: list[VolumeHeader | Float32]
+    means: Float64 | None = None
+    if weight_names is not None:
+        mine = [weight_paths[i] for i in rows]
+        weights, ids, index, means = _distinct_weights(mine, box, progress, premultiplied=premultiplied)
+    else:
+        stated = [(tilt_axis, *tilt_range)] * listed if tilt_range is not None else dynamo.tilting() if dynamo else []
+        series = list(dict.fromkeys(stated[i] for i in rows))
+        weights = [missing_wedge(box, (low, high), axis) if axis else _all_seen(box) for axis, low, high in series]
+        ids = [_content_id(np.asarray(weight)) for weight in weights]
+        index = np.array([series.index(stated[i]) for i in rows], dtype=np.int64)
     if sample is not None:
-        rows = np.unique(np.linspace(0, listed - 1, sample).astype(np.int64))
-        headers, weight_paths = [headers[i] for i in rows], [weight_paths[i] for i in rows if weight_paths]
+        headers = [headers[i] for i in rows]
         groups = {kind: Groups(g.names, g.index[rows]) for kind, g in groups.items()}
         poses = None if poses is None else poses.take(rows)
-
-    weights: list[MrcHeader | Float32]
-    means: Float64 | None = None
-    if tilt_range is not None:
-        wedge = missing_wedge(box, tilt_range, tilt_axis)
-        weights, ids, index = [wedge], [_content_id(wedge)], np.zeros(len(headers), np.int64)
-    else:
-        weights, ids, index, means = _distinct_weights(weight_paths, box, progress, premultiplied=premultiplied)
+    written: ParticleTable = FreshTable(tuple(names), voxel, box)
+    if table is not None:
+        written = replace(table, voxel_size=voxel, box=box)
+    elif dynamo is not None:
+        written = replace(dynamo, image_names=tuple(names), voxel_size=voxel, box=box)
     result = FileParticles(
         headers,
         voxel,
-        replace(table, voxel_size=voxel, box=box) if table is not None else FreshTable(tuple(names), voxel, box),
+        written,
         weights,
         ids,
         index,
@@ -314,6 +347,14 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
+def _read_header(path: Path) -> VolumeHeader:
+    return read_em_header(path) if path.suffix.lower() == ".em" else read_header(path)
+
+
+def _all_seen(box: int) -> Float32:
+    return np.ones((box, box, box // 2 + 1), np.float32)
+
+
 def _batch(
     boxes: Float32, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32], means: Float64 | None
 ) -> Batch:
@@ -334,14 +375,14 @@ def _content_id(weight: Float32) -> str:
     return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).hexdigest()
 
 
-def _load_weight(header: MrcHeader, box: int, *, premultiplied: bool) -> Float32:
+def _load_weight(header: VolumeHeader, box: int, *, premultiplied: bool) -> Float32:
     weight = read_layout(read_volume(header), box, str(header.path), premultiplied=premultiplied)
     return divisible(weight) if premultiplied else weight
 
 
 def _distinct_weights(
     paths: Sequence[Path], box: int, progress: Progress | None, *, premultiplied: bool
-) -> tuple[list[MrcHeader | Float32], list[str], Int64, Float64 | None]:
+) -> tuple[list[VolumeHeader | Float32], list[str], Int64, Float64 | None]:
     """One file for each distinct content, its name, which of them each particle has, and means of premultiplied ones.
 
     The means are those over the shells of all distinct weights.
@@ -349,7 +390,7 @@ def _distinct_weights(
     files = list(dict.fromkeys(paths))
     headers = list(_in_threads(read_header, files))
 
-    def content(header: MrcHeader) -> tuple[str, Float64 | None]:
+    def content(header: VolumeHeader) -> tuple[str, Float64 | None]:
         weight = _load_weight(header, box, premultiplied=premultiplied)
         return _content_id(weight), shell_means(weight) if premultiplied else None
 
@@ -357,7 +398,7 @@ def _distinct_weights(
     ids = [name for name, _ in contents]
     distinct = {name: row for row, name in enumerate(dict.fromkeys(ids))}
     of_file = {file: distinct[name] for file, name in zip(files, ids, strict=True)}
-    first: list[MrcHeader | Float32] = [headers[ids.index(name)] for name in distinct]
+    first: list[VolumeHeader | Float32] = [headers[ids.index(name)] for name in distinct]
     curves = [curve for curve in dict(contents).values() if curve is not None]
     means = np.mean(curves, axis=0) if premultiplied else None
     return first, list(distinct), np.array([of_file[path] for path in paths], dtype=np.int64), means
@@ -366,8 +407,11 @@ def _distinct_weights(
 def _list_boxes(source: str | os.PathLike[str]) -> list[str]:
     path = Path(source)
     if path.is_dir():
-        names = [str(name) for name in path.iterdir() if name.suffix.lower() == ".mrc" and name.is_file()]
-        expected = ".mrc files"
+        files = [name for name in path.iterdir() if name.is_file()]
+        names = next(
+            (found for kind in (".mrc", ".em") if (found := [str(f) for f in files if f.suffix.lower() == kind])), []
+        )
+        expected = ".mrc or .em files"
     elif path.is_file():
         names, expected = [str(path)], ""
     elif glob.has_magic(os.fspath(source)):
@@ -501,7 +545,7 @@ def _check_common_frame(table: StarTable, tilt_range: tuple[float, float] | None
         )
 
 
-def _common_box(headers: Sequence[MrcHeader]) -> int:
+def _common_box(headers: Sequence[VolumeHeader]) -> int:
     first = headers[0]
     if len(set(first.shape)) != 1:
         size = " x ".join(map(str, first.shape[::-1]))
@@ -553,12 +597,17 @@ def _star_voxel_size(table: StarTable) -> float | None:
 
 
 def _agreed_voxel_size(
-    headers: Sequence[MrcHeader], table: StarTable | None, option: float | None, source: str | os.PathLike[str]
+    headers: Sequence[VolumeHeader],
+    table: StarTable | DynamoTable | None,
+    option: float | None,
+    source: str | os.PathLike[str],
 ) -> float:
-    """The one voxel size that STAR file, headers and option agree on."""
+    """The one voxel size that table, headers and option agree on."""
     stated: list[tuple[str, float]] = []
-    if table is not None and (in_star := _star_voxel_size(table)) is not None:
-        stated.append((str(table.path), in_star))
+    if table is not None:
+        size = table.stated_voxel_size() if isinstance(table, DynamoTable) else _star_voxel_size(table)
+        if size is not None:
+            stated.append((str(table.path), size))
     if option is not None:
         stated.append(("--voxel-size", option))
     for header in headers:
@@ -568,7 +617,7 @@ def _agreed_voxel_size(
             stated.append((str(header.path), size))
     if not stated:
         raise InputError(
-            f"{source}: no voxel size in {'the STAR file or ' if table else ''}the headers of the boxes "
+            f"{source}: no voxel size in {'the table or ' if table else ''}the headers of the boxes "
             "(0 and exactly 1 A count as unset); give --voxel-size (Angstrom)"
         )
     name, voxel = stated[0]
@@ -604,8 +653,8 @@ def _fault(volume: Float32) -> str | None:
     return f"constant, {low:g}" if low == high else None
 
 
-def _check_boxes(headers: Sequence[MrcHeader], progress: Progress | None) -> None:
-    def check(header: MrcHeader) -> str | None:
+def _check_boxes(headers: Sequence[VolumeHeader], progress: Progress | None) -> None:
+    def check(header: VolumeHeader) -> str | None:
         return _fault(read_volume(header))
 
     found = _in_threads(check, headers, progress, "checking boxes")

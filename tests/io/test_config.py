@@ -62,8 +62,8 @@ def run(*arguments: str, status: int = 0) -> str:
 def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
     other = {
         "output": tmp_path / "out", "tilt_range": (-60.0, 60.0), "voxel_size": 3.0, "reference": "map.mrc",
-        "initial_lowpass": 60.0, "sampler": "joint", "update": "ratio", "mask_radius": 100.0, "resolution": 30.0,
-        "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0), "bandwidth": 12, "regularization": 0.5, "folds": 3,
+        "boxes": "b", "initial_lowpass": 60.0, "sampler": "joint", "update": "ratio", "mask_radius": 100.0,
+        "resolution": 30.0, "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0), "bandwidth": 12, "regularization": 0.5, "folds": 3,
         "noise_groups": "none", "reseed": False, "threads": 1,
     }  # fmt: skip
     usual = {f.name: f.default for f in fields(Shared) if f.name != "config"}
@@ -76,7 +76,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
     assert "found classes, which is no option" in config_error("average", "classes = 2", tmp_path)
     assert "found config, which is no option" in config_error("average", "config = 'a'", tmp_path)
     unknown = config_error("average", "o = 'a'", tmp_path)
-    assert "found o, which is no option; expected one of band, bandwidth, candidates, device, folds" in unknown
+    assert "found o, which is no option; expected one of band, bandwidth, boxes, candidates, device" in unknown
     assert "--iterations" in config_error("average", "iterations = 'ten'", tmp_path)
 
 

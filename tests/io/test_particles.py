@@ -413,7 +413,7 @@ BAD_FOLDER = {
     "beyond 90": (lambda project: None, {"tilt_range": (-60, 95)}, "--tilt-range: found -60 95"),
     "axis": (lambda project: None, TILTS | {"tilt_axis": "z"}, "--tilt-axis: found 'z'"),
     "poses": (lambda project: None, TILTS | {"use_poses": True}, "--use-poses: .* is no STAR file"),
-    "empty": (lambda project: [path.unlink() for path in project.glob("sub/*")], TILTS, r"sub: no \.mrc files"),
+    "empty": (lambda project: [path.unlink() for path in project.glob("sub/*")], TILTS, r"sub: no \.mrc or \.em files"),
     "absent": (lambda project: (project / "sub").rename(project / "other"), TILTS, "sub: does not exist"),
     "not mrc": (lambda project: (project / "sub/0002.mrc").write_text("x"), TILTS, r"0002\.mrc: not an MRC file"),
     "voxel sizes differ": (mrc("sub/0002.mrc", nan_box(0), 4.5), TILTS, r"0002\.mrc: voxel size 4\.5 A, but 4 A in"),
