@@ -63,8 +63,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
     other = {
         "output": tmp_path / "out", "tilt_range": (-60.0, 60.0), "voxel_size": 3.0, "boxes": "b",
         "reference": "map.mrc", "initial_lowpass": 60.0, "sampler": "joint", "update": "ratio",
-        "mask_radius": 100.0, "resolution": 30.0, "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0), "bandwidth": 12,
-        "regularization": 0.5, "folds": 3, "noise_groups": "none", "reseed": False, "threads": 1,
+        "mask_radius": 100.0, "resolution": 30.0, "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0),
+        "bandwidth": 12, "regularization": 0.5, "folds": 3, "noise_groups": "none", "reseed": False, "threads": 1,
     }  # fmt: skip
     usual = {f.name: f.default for f in fields(Shared) if f.name != "config"}
     values = {name: other.get(name, value) for name, value in usual.items()}
