@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from faml_gpu.errors import InputError
-from faml_gpu.io.mrc import VolumeHeader
+from faml_gpu.io.mrc import VolumeHeader, head_of
 
 __all__ = ["read_em_header"]
 
@@ -28,12 +28,7 @@ def read_em_header(path: str | os.PathLike[str]) -> VolumeHeader:
         Missing or unreadable; not EM; truncated; complex or unknown type.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as handle:
-            raw = handle.read(_HEADER_BYTES)
-            length = os.fstat(handle.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected an EM volume") from None
+    raw, length = head_of(path, _HEADER_BYTES, "an EM volume")
     if len(raw) < _HEADER_BYTES:
         raise InputError(f"{path}: not an EM file ({length} bytes)")
     machine, kind = raw[0], raw[3]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from faml_gpu.errors import InputError
 from faml_gpu.io.atomic import atomic_path
 
-__all__ = ["VolumeHeader", "read_header", "read_mrc", "read_stack", "read_volume", "write_mrc"]
+__all__ = ["VolumeHeader", "head_of", "read_header", "read_mrc", "read_stack", "read_volume", "write_mrc"]
 
 Float32 = NDArray[np.float32]
 
@@ -109,12 +109,7 @@ def read_stack(path: str | os.PathLike[str]) -> list[VolumeHeader]:
 def _read_any(path: str | os.PathLike[str]) -> tuple[VolumeHeader, int]:
     """The header of whatever an MRC file holds, and its space group."""
     path = Path(path)
-    try:
-        with path.open("rb") as handle:
-            raw = handle.read(_HEADER_BYTES)
-            length = os.fstat(handle.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected an MRC volume") from None
+    raw, length = head_of(path, _HEADER_BYTES, "an MRC volume")
     if len(raw) < _HEADER_BYTES or raw[208:211] != b"MAP":
         raise InputError(f"{path}: not an MRC file ({length} bytes, no 'MAP' at byte 208)")
     record, byte_order = _in_byte_order(raw, path)
@@ -143,6 +138,15 @@ def _read_any(path: str | os.PathLike[str]) -> tuple[VolumeHeader, int]:
     shape = (stored[order[0]], stored[order[1]], stored[order[2]])
     header = VolumeHeader(path, shape, (sampling[0], sampling[1], sampling[2]), dtype, stored, offset, order)
     return header, int(record["ispg"])
+
+
+def head_of(path: Path, size: int, expected: str) -> tuple[bytes, int]:
+    """The first bytes of a file, and its length; `InputError` if it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return handle.read(size), os.fstat(handle.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from None
 
 
 def _in_byte_order(raw: bytes, path: Path) -> tuple[Any, str]:
