@@ -128,13 +128,19 @@ class RunSummary:
             found.append(
                 f"The run was ended by its {self.options['iterations']} iterations, before it stood still: in the last "
                 f"one particles turned by {last['pose_change']:.1f}° (median), {100 * last['changed_class']:.0f} % "
-                "changed class. --resume with more --iterations goes on."
+                f"changed class{self._rise()}. --resume with more --iterations goes on."
             )
         found += [
             f"{len(self.misfits)} of {len(self.classes)} particles fit nowhere: their likelihood lies more than "
             f"{MISFIT:g} deviations below that of the others. They are listed below."
         ] * bool(len(self.misfits))
         return found + self._class_doubts() + self._pose_doubts()
+
+    def _rise(self) -> str:
+        if len(self.history) < 2 or self.history[-1]["r_max"] != self.history[-2]["r_max"]:
+            return ""
+        before, after = (record["log_likelihood"] for record in self.history[-2:])
+        return f", and the log-likelihood {'rose' if after > before else 'fell'} by {abs(after - before):.1f}"
 
     def _class_doubts(self) -> list[str]:
         share = self.sizes / self.sizes.sum()
