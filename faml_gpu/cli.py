@@ -6,6 +6,7 @@ Only light modules are imported at the top, so that --help answers at once.
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import signal
 import sys
@@ -13,7 +14,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_type_hints
@@ -319,6 +321,14 @@ class Shared:
     ] = "auto"
     threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel=RUN_PANEL)
+    ] = None
+    log_json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also append lines of JSON, one at the start, for each iteration and at the end, for programs.",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = None
     config: Annotated[
         Path | None,
@@ -816,6 +826,7 @@ def main() -> None:
 def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     output: Path = options["output"]
     options.pop("config")  # its values are among the others
+    log = options.pop("log_json")
     if options.pop("dry_run"):
         _dry_run(particles, n_classes, options)
         return
@@ -828,7 +839,7 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
 
         device, reason = choose_device(options["device"])
         typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
-        with Display(options["iterations"]) as display:
+        with Display(options["iterations"], log) as display:
             result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
         if result.converged_at is not None:
             typer.echo(f"converged at iteration {result.converged_at}")
@@ -890,14 +901,16 @@ def _gigabytes(size: int) -> str:
 class Display:
     """Progress: bars on a terminal, one plain line an iteration in a log."""
 
-    def __init__(self, iterations: int) -> None:
+    def __init__(self, iterations: int, log: Path | None = None) -> None:
         self._iterations = iterations
+        self._log = log
         self._console = Console(highlight=False)
         self._bars: Bars | None = None
         self._shown = ""
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
+        self._tell("start", version=__version__, command=sys.argv)
         if self._console.is_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -920,6 +933,9 @@ class Display:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+        ends = {KeyboardInterrupt: "interrupted", _Terminated: "terminated"}
+        status = "finished" if kind is None else next((end for what, end in ends.items() if kind is what), "failed")
+        self._tell("end", status=status, message=str(error) if status == "failed" else "")
 
     def step(self, name: str, done: int, total: int) -> None:
         """Within an iteration: `done` of `total` of the step `name`."""
@@ -934,10 +950,24 @@ class Display:
         """After an iteration."""
         now = time.monotonic()
         line = _iteration_line(record, self._iterations, now - self._started)
+        self._tell("iteration", of=self._iterations, **asdict(record))
         self._started = now
         self.say(line)
         if self._bars is not None:
             self._bars.update(self._whole, completed=record.iteration)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """A line of JSON for programs that watch the run; it is in the file as soon as it has happened."""
+        if self._log is None:
+            return
+        from faml_gpu.run_folder import finite
+
+        line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(f"option log-json: {self._log} cannot be written ({error.strerror})") from None
 
     def say(self, line: str) -> None:
         """A line of text, above the bars if there are any."""

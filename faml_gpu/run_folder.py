@@ -36,7 +36,7 @@ from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, wr
 from faml_gpu.options import Options
 from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
 
-__all__ = ["FORMAT", "OutputError", "RunFolder", "read_checkpoint", "write_checkpoint", "writing"]
+__all__ = ["FORMAT", "OutputError", "RunFolder", "finite", "read_checkpoint", "write_checkpoint", "writing"]
 
 FORMAT = 3  # of run.json and of the checkpoints
 CHECKPOINTS_KEPT = 2
@@ -283,7 +283,7 @@ class RunFolder:
 
     def _write_run_json(self, status: str, history: list[IterationRecord]) -> None:
         content = {**self._facts, "status": status, "iterations": [asdict(record) for record in history]}
-        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        text = json.dumps(finite(content), indent=1, allow_nan=False)
         _replace(self.path / "run.json", text.encode() + b"\n")
 
     def _write_maps(self, stem: str, maps: NDArray[np.float32], voxel_size: float) -> None:
@@ -495,14 +495,14 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
     write_star(path, {name: items for name, items in blocks.items() if name != "model_seconds" or record.seconds})
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinity as null: JSON has no word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -8,7 +8,9 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import mrcfile
 import numpy as np
@@ -17,6 +19,7 @@ import starfile
 from typer.testing import CliRunner
 
 import faml_gpu
+from faml_gpu import cli
 from faml_gpu.cli import Shared, app
 from faml_gpu.options import Options
 from faml_gpu.simulate import Simulation
@@ -148,3 +151,45 @@ def test_run_json_says_the_band_a_start_from_a_map_begins_at(
                          overwrite=True)  # fmt: skip
         about = json.loads((tmp_path / "out/run.json").read_text())
         assert about["resolved"]["r_start"] == about["iterations"][0]["r_max"] == (7 if lowpass is None else 5)
+
+
+def test_a_log_for_programs(small_star: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    run("average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--log-json", str(log))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "iteration", "iteration", "end"]
+    assert lines[0]["version"] == faml_gpu.__version__
+    history = json.loads((tmp_path / "out" / "run.json").read_text())["iterations"]
+    for line, record in zip(lines[1:3], history, strict=True):
+        assert {name: line[name] for name in record} == record
+        assert line["of"] == 2
+        assert datetime.fromisoformat(line["time"]).tzinfo is not None
+    assert (lines[3]["status"], lines[3]["message"]) == ("finished", "")
+
+
+def test_the_log_tells_how_a_run_ended(small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    command = ["average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--log-json", str(log)]
+
+    def last() -> tuple[str, str]:
+        line = json.loads(log.read_text().splitlines()[-1])
+        assert line["event"] == "end"
+        return line["status"], line["message"]
+
+    result = CliRunner().invoke(app, [*command, "--mask-radius", "1000"])
+    assert result.exit_code == 2
+    assert last() == ("failed", "option mask-radius: found 1000 A, expected 48 to 132 A (box of 384 A)")
+    for error, told in ((KeyboardInterrupt, "interrupted"), (cli._Terminated, "terminated")):
+        monkeypatch.setattr("faml_gpu.pipeline.classify", Mock(side_effect=error))
+        assert CliRunner().invoke(app, command).exit_code > 128
+        assert last() == (told, "")
+    assert len(log.read_text().splitlines()) == 6  # they follow one another
+
+
+def test_a_log_that_cannot_be_written(small_star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["average", str(small_star), "-o", str(out), *FLAGS, "--log-json", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "option log-json" in result.stderr
+    assert "Is a directory" in result.stderr
+    assert not out.exists()

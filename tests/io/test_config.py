@@ -65,11 +65,14 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
         "reference": "map.mrc", "initial_lowpass": 60.0, "sampler": "joint", "update": "ratio",
         "mask_radius": 100.0, "resolution": 30.0, "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0),
         "bandwidth": 12, "regularization": 0.5, "folds": 3, "noise_groups": "none", "reseed": False, "threads": 1,
+        "log_json": tmp_path / "log.jsonl",
     }  # fmt: skip
     usual = {f.name: f.default for f in fields(Shared) if f.name != "config"}
     values = {name: other.get(name, value) for name, value in usual.items()}
     assert None not in values.values()
-    (tmp_path / "a.toml").write_text(config_text({**values, "output": str(values["output"])}, {}))
+    (tmp_path / "a.toml").write_text(
+        config_text({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}, {})
+    )
     for command in (["average"], ["classify", "-k", "2"]):
         told = run(*command, str(tmp_path / "nowhere.star"), "--config", str(tmp_path / "a.toml"), status=2)
         assert "nowhere.star" in told
