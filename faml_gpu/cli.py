@@ -348,6 +348,15 @@ class Shared:
             rich_help_panel=RUN_PANEL,
         ),
     ] = False
+    recenter: Annotated[
+        bool,
+        typer.Option(
+            "--recenter",
+            help="Also write run_data_recentered.star: coordinates in the tomogram moved by what was found, origins 0, "
+            "to extract boxes from anew.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
     resume: Annotated[
         bool,
         typer.Option(

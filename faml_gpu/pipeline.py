@@ -26,6 +26,8 @@ from faml_gpu.half_files import half_summary, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
+from faml_gpu.io.positions import recentered
+from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
@@ -76,6 +78,7 @@ def classify(
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
+    recenter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -97,6 +100,8 @@ def classify(
     use_poses : start from the poses (and classes) of the STAR file
     reference : start from this map: a file, or an array `[z, y, x]`; same box and voxel size as the particles
     initial_lowpass : low-pass of the start, Angstrom (needs `reference`, `use_poses` or `halves`)
+    recenter : write run_data_recentered.star too, with each particle's coordinates moved onto it and its origin 0, to
+        extract boxes from anew
     resume : go on with the run in `output`: same input and options, `iterations` may be more
     overwrite : replace the run in `output`
     progress : called with (step name, done, total) within an iteration
@@ -118,8 +123,8 @@ def classify(
         `output` cannot be written; what was written before is whole.
     """
     folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
-    if output is None and (resume or overwrite):
-        raise InputError("options resume and overwrite: need an output folder")
+    if output is None and (resume or overwrite or recenter):
+        raise InputError("options resume, overwrite and recenter: need an output folder")
     job = _prepare(
         particles,
         Options(n_classes=n_classes, **options),
@@ -130,6 +135,7 @@ def classify(
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
+        recenter=recenter,
         progress=progress,
     )
     source, chosen = job.data.source, job.options
@@ -158,7 +164,12 @@ def classify(
                     "resolved": job.resolved,
                 },
                 job.data.config(
-                    chosen, job.resolved, use_poses=use_poses, reference=reference, initial_lowpass=initial_lowpass
+                    chosen,
+                    job.resolved,
+                    use_poses=use_poses,
+                    reference=reference,
+                    initial_lowpass=initial_lowpass,
+                    recenter=recenter,
                 ),
             )
 
@@ -182,7 +193,7 @@ def classify(
             result = _halve(source, chosen, result, job.halves_lowpass, folder, on_iteration, progress)
         remarks = _doubts(result)
         if folder is not None:
-            _write_final(folder, result, source, remarks)
+            _write_final(folder, result, source, remarks, recenter)
             with writing(folder.path):
                 write_report(folder.path)
                 write_views(folder.path)
@@ -223,6 +234,7 @@ def _prepare(
     use_poses: bool,
     reference: PathLike | NDArray[np.float32] | None,
     initial_lowpass: float | None,
+    recenter: bool,
     progress: Progress | None,
     sample: int | None = None,
 ) -> _Job:
@@ -249,6 +261,11 @@ def _prepare(
     if chosen.n_classes > data.listed:
         raise InputError(f"option n_classes: found {chosen.n_classes}, expected at most the {data.listed} particles")
     noise_groups(source, chosen)  # those asked for are there
+    if recenter:
+        table = getattr(source, "table", None)
+        if not isinstance(table, StarTable):
+            raise InputError(f"option recenter: found {data.path}, expected a STAR file with coordinates")
+        recentered(table, np.zeros((table.n_rows, 3)))  # its coordinates can be moved
     start_map = None if reference is None else _read_reference(reference, source)
     known = start_map is not None or use_poses
     start_filter = initial_lowpass if known else None
@@ -287,6 +304,7 @@ def dry_run(
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
+    recenter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -309,6 +327,7 @@ def dry_run(
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
+        recenter=recenter,
         progress=progress,
         sample=max(LOOKED_INTO, 2 * n_classes),
     )
@@ -354,9 +373,9 @@ def _halve(
     )
 
 
-def _write_final(folder: RunFolder, result: Result, source: ParticleSource, remarks: list[str]) -> None:
+def _write_final(folder: RunFolder, result: Result, source: ParticleSource, remarks: list[str], recenter: bool) -> None:
     if not isinstance(result, HalvesResult):
-        folder.write_final(result, source, remarks)
+        folder.write_final(result, source, remarks, recenter=recenter)
         return
     several = len(result.halves) > 1
     for k, found in enumerate(result.halves, start=1):
@@ -364,7 +383,14 @@ def _write_final(folder: RunFolder, result: Result, source: ParticleSource, rema
             root = f"postprocess_class{k:03d}" if several else "postprocess"
             write_halves(found, folder.path, class_number=k, root=root)
     facts = [None if found is None else half_summary(found) for found in result.halves]
-    folder.write_final(result, source, remarks, columns={"rlnRandomSubset": result.half}, facts={"halves": facts})
+    folder.write_final(
+        result,
+        source,
+        remarks,
+        columns={"rlnRandomSubset": result.half},
+        facts={"halves": facts},
+        recenter=recenter,
+    )
 
 
 def _doubts(result: Result) -> list[str]:
@@ -454,9 +480,10 @@ class _Input:
         use_poses: bool,
         reference: PathLike | NDArray[np.float32] | None,
         initial_lowpass: float | None,
+        recenter: bool,
     ) -> str:
         """Every option by the name it has on the command line, for run.toml; what is in memory has none there."""
-        start: dict[str, Any] = {"use_poses": use_poses, "initial_lowpass": initial_lowpass}
+        start: dict[str, Any] = {"use_poses": use_poses, "initial_lowpass": initial_lowpass, "recenter": recenter}
         if isinstance(reference, (str, os.PathLike)):
             start["reference"] = os.path.abspath(reference)
         method = asdict(options)

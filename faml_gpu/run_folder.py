@@ -32,7 +32,8 @@ from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.dynamo import DynamoTable
 from faml_gpu.io.mrc import write_mrc
-from faml_gpu.io.star import FreshTable, ParticleTable, write_particles_star, write_star
+from faml_gpu.io.positions import recentered
+from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, write_particles_star, write_star
 from faml_gpu.options import Options
 from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
 
@@ -45,7 +46,7 @@ LOCK = ".run.lock"
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_class_posteriors\.star|\.json|\.toml)"
+    r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_data_recentered\.star|_class_posteriors\.star|\.json|\.toml)"
     r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|report\.html"
 )
 _OF_HALVES = re.compile(
@@ -205,6 +206,7 @@ class RunFolder:
         *,
         columns: Mapping[str, NDArray[Any]] | None = None,
         facts: Mapping[str, Any] | None = None,
+        recenter: bool = False,
     ) -> None:
         """The final maps and STAR files.
 
@@ -215,6 +217,7 @@ class RunFolder:
         remarks : what the user was warned of, for run.json
         columns : what else run_data.star says of each particle
         facts : what else run.json says, JSON-ready
+        recenter : also run_data_recentered.star, see `io.positions.recentered`
 
         Raises
         ------
@@ -223,10 +226,17 @@ class RunFolder:
         """
         self._write_maps("run", result.maps, result.voxel_size)
         self._write_data("run", result.posterior, source, columns)
+        table = _table(source)
+        if recenter and isinstance(table, StarTable):
+            path = self.path / "run_data_recentered.star"
+            with writing(path):
+                found = particle_columns(result.posterior, result.voxel_size) | dict(columns or {})
+                moved = recentered(table, result.best.shifts * result.voxel_size)
+                write_particles_star(path, table, found | moved)
         self._facts |= facts or {}
         path = self.path / "run_class_posteriors.star"
         with writing(path):
-            write_star(path, {"class_posteriors": posterior_columns(result.posterior, _table(source).image_names)})
+            write_star(path, {"class_posteriors": posterior_columns(result.posterior, table.image_names)})
         self._facts["warnings"] = list(remarks)
         self._facts["converged_at"] = result.converged_at
         self._write_run_json("finished", result.history)

@@ -136,7 +136,9 @@ def read_layout(array: NDArray[Any], box: int, name: str = "weight", *, premulti
 
     Parameters
     ----------
-    array : (N, N, N) centred cube, or (N, N, N//2 + 1) FFTW half, axes [kz, ky, kx]
+    array : (N, N, N) centred cube, or (N, N, N//2 + 1) FFTW half, axes [kz, ky, kx]; or, of premultiplied boxes, two
+        halves on top of each other (2N, N, N//2 + 1), the sum of CTF^2 first and then how often each voxel was
+        measured, as RELION 4 writes them
     box : N of the subtomograms
     name : for messages, e.g. the file
     premultiplied : the weight is the W that boxes were multiplied by, a sum of CTF^2: 0 or more, unbounded
@@ -152,12 +154,21 @@ def read_layout(array: NDArray[Any], box: int, name: str = "weight", *, premulti
     InputError
         Other shape; NaN or values outside [0, 1] (or below 0, of premultiplied boxes); 0 everywhere.
     """
-    cube, half = (box, box, box), (box, box, box // 2 + 1)
-    if array.shape not in (cube, half):
+    cube, half, stacked = (box, box, box), (box, box, box // 2 + 1), (2 * box, box, box // 2 + 1)
+    if array.shape not in (cube, half, stacked):
         raise InputError(
-            f"{name}: Fourier weight of shape (z, y, x) = {array.shape}, expected a centred cube {cube} "
-            f"or an FFTW half {half} for subtomograms of {box} voxels"
+            f"{name}: Fourier weight of shape (z, y, x) = {array.shape}, expected a centred cube {cube}, an FFTW half "
+            f"{half} or two of them on top of each other for subtomograms of {box} voxels"
         )
+    if array.shape == stacked:
+        if not premultiplied:
+            raise InputError(
+                f"{name}: Fourier weight with multiplicities behind it, shape (z, y, x) = {array.shape}, expected "
+                "boxes that are multiplied by their CTF (rlnCtfDataAreCtfPremultiplied 1)"
+            )
+        # The boxes are sums of CTF * image, their noise has the variance sigma^2 * sum of CTF^2: how many images those
+        # sums have adds nothing to it.
+        array = array[:box]
     low, high = float(array.min()), float(array.max())  # NaN if any value is
     if premultiplied:
         if not (low >= -ROUNDING * max(high, 0.0) and np.isfinite(high)):

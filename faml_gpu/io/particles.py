@@ -461,7 +461,7 @@ def _check_three_dimensional(table: StarTable) -> None:
     hint = "expected one 3-D subtomogram (.mrc) per particle; RELION 5: extract without 2-D stacks"
     if table.general.get("rlnTomoSubTomosAre2DStacks", "0") not in ("0", "0.0"):
         raise InputError(f"{table.path}: rlnTomoSubTomosAre2DStacks is 1 (2-D stacks), {hint}")
-    for group, value in _optics_values(table, "rlnImageDimensionality").items():
+    for group, value in table.optics_values("rlnImageDimensionality").items():
         if _as_number(value) != 3:
             raise InputError(f"{table.path}: rlnImageDimensionality is {value} in optics group {group}, {hint}")
     for column in ("rlnImageName", "rlnCtfImage"):
@@ -474,7 +474,7 @@ def _check_three_dimensional(table: StarTable) -> None:
 def _premultiplied(table: StarTable) -> bool:
     """Whether the boxes are multiplied by their CTF (RELION 4 and later: CTF times CTF, summed over the tilts)."""
     column = "rlnCtfDataAreCtfPremultiplied"
-    values = _optics_values(table, column)
+    values = table.optics_values(column)
     for group, value in values.items():
         if _as_number(value) not in (0, 1):
             raise InputError(f"{table.path}: {column} is {value} in optics group {group}, expected 0 or 1")
@@ -511,22 +511,6 @@ def _as_number(text: str) -> float:
         return float("nan")
 
 
-def _optics_values(table: StarTable, column: str) -> dict[str, str]:
-    """Values of a column of `data_optics` by optics group, for the groups that particles are in."""
-    if table.optics is None or column not in table.optics:
-        return {}
-    if "rlnOpticsGroup" not in table.optics or "rlnOpticsGroup" not in table.columns:
-        raise InputError(f"{table.path}: rlnOpticsGroup is missing, expected in data_optics and data_{table.block}")
-    values = dict(zip(table.optics["rlnOpticsGroup"], table.optics[column], strict=True))
-    groups = table.strings("rlnOpticsGroup")
-    for row, group in enumerate(groups):
-        if group not in values:
-            raise InputError(
-                f"{table.row_name(row)}: rlnOpticsGroup {group} is not in data_optics (there: {', '.join(values)})"
-            )
-    return {group: values[group] for group in dict.fromkeys(groups)}
-
-
 def _check_common_frame(table: StarTable, tilt_range: tuple[float, float] | None) -> None:
     """One wedge for all needs boxes cut in the tomogram's own frame."""
     columns = [f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi")]
@@ -561,7 +545,7 @@ def _common_box(headers: Sequence[VolumeHeader]) -> int:
 
 
 def _check_image_size(table: StarTable, box: int) -> None:
-    for group, value in _optics_values(table, "rlnImageSize").items():
+    for group, value in table.optics_values("rlnImageSize").items():
         if _as_number(value) != box:
             raise InputError(
                 f"{table.path}: rlnImageSize is {value} in optics group {group}, but the boxes have {box} voxels"
@@ -571,7 +555,7 @@ def _check_image_size(table: StarTable, box: int) -> None:
 def _star_voxel_size(table: StarTable) -> float | None:
     """Angstrom, of the optics groups (3.1 and later) or the particles' own columns (3.0)."""
     if table.optics is not None:
-        where = {f"optics group {group}": text for group, text in _optics_values(table, "rlnImagePixelSize").items()}
+        where = {f"optics group {group}": text for group, text in table.optics_values("rlnImagePixelSize").items()}
         sizes = {place: _as_number(text) for place, text in where.items()}
     elif column := next((name for name in ("rlnImagePixelSize", "rlnPixelSize") if name in table.columns), None):
         sizes = {table.row_name(row): float(size) for row, size in enumerate(table.floats(column))}

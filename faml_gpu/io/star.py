@@ -206,6 +206,27 @@ class StarTable:
                 raise InputError(f"{self.row_name(row)}: {name} is {raw}, expected a number")
         return numbers
 
+    def optics_values(self, name: str) -> dict[str, str]:
+        """A column of `data_optics` by optics group, for the groups that particles are in; empty where there is none.
+
+        Raises
+        ------
+        InputError
+            rlnOpticsGroup is missing, or names a group that is not there.
+        """
+        if self.optics is None or name not in self.optics:
+            return {}
+        if "rlnOpticsGroup" not in self.optics or "rlnOpticsGroup" not in self.columns:
+            raise InputError(f"{self.path}: rlnOpticsGroup is missing, expected in data_optics and data_{self.block}")
+        values = dict(zip(self.optics["rlnOpticsGroup"], self.optics[name], strict=True))
+        groups = self.strings("rlnOpticsGroup")
+        for row, group in enumerate(groups):
+            if group not in values:
+                raise InputError(
+                    f"{self.row_name(row)}: rlnOpticsGroup {group} is not in data_optics (there: {', '.join(values)})"
+                )
+        return {group: values[group] for group in dict.fromkeys(groups)}
+
     def text(self, columns: Columns) -> str:
         """See `ParticleTable`. One-block input comes back in two blocks, with origins in Angstrom."""
         line_end = "\r\n" if "\r\n" in self.source else "\n"

@@ -96,6 +96,31 @@ def test_overwrite(small_star: Path, tmp_path: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_recenter(small_star: Path, tmp_path: Path) -> None:
+    """Coordinates in pixels of 12 A, boxes of 24 A: a particle found 24 A off its centre is 2 pixels away."""
+    tables = starfile.read(small_star)
+    n = len(tables["particles"])
+    for axis, letter in enumerate("XYZ"):
+        tables["particles"][f"rlnCoordinate{letter}"] = np.arange(n) + 100.0 * axis
+    tables["optics"]["rlnTomoTiltSeriesPixelSize"] = 12.0
+    given = small_star.with_name("placed.star")
+    starfile.write(tables, given)
+    run("average", str(given), "-o", str(tmp_path / "out"), "--recenter", *FLAGS)
+    found = starfile.read(tmp_path / "out/run_data.star")["particles"]
+    moved = starfile.read(tmp_path / "out/run_data_recentered.star")["particles"]
+    for axis, letter in enumerate("XYZ"):
+        np.testing.assert_array_equal(found[f"rlnCoordinate{letter}"], np.arange(n) + 100.0 * axis)
+        shift = -found[f"rlnOrigin{letter}Angst"]
+        np.testing.assert_allclose(moved[f"rlnCoordinate{letter}"], np.arange(n) + 100.0 * axis + shift / 12, atol=2e-6)
+        assert (moved[f"rlnOrigin{letter}Angst"] == 0).all()
+    assert np.abs(found["rlnOriginXAngst"]).max() > 1
+    np.testing.assert_array_equal(moved["rlnAngleTilt"], found["rlnAngleTilt"])
+    refused = CliRunner().invoke(app, ["average", str(small_star), "-o", str(tmp_path / "no"), "--recenter", *FLAGS])
+    assert refused.exit_code == 2
+    assert "has no coordinates" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_start_from_a_reference(small_star: Path, tmp_path: Path) -> None:
     truth = small_star.parent / "truth_ribosome.mrc"
     arguments = ["--reference", str(truth), "--initial-lowpass", "80"]

@@ -125,7 +125,7 @@ def test_weight_acts_on_the_right_coefficients(box):
 
 def test_read_layout_refuses():
     ok = np.ones((12, 12, 12), np.float32)
-    for shape in [(12, 12, 6), (11, 12, 12), (12, 12), (7, 12, 12), (24, 12, 7)]:
+    for shape in [(12, 12, 6), (11, 12, 12), (12, 12), (7, 12, 12), (24, 12, 12), (36, 12, 7)]:
         with pytest.raises(InputError, match=r"w\.mrc.*expected a centred cube \(12, 12, 12\)"):
             read_layout(np.ones(shape, np.float32), 12, "w.mrc")
     for value in (-0.2, 1.3, np.nan, np.inf):
@@ -135,6 +135,15 @@ def test_read_layout_refuses():
             read_layout(bad, 12)
     with pytest.raises(InputError, match="0 everywhere"):
         read_layout(0 * ok, 12)
+
+
+def test_weight_with_multiplicities_behind_it():
+    """RELION 4: the sum of CTF^2, and behind it along z how often each voxel was measured."""
+    sums = np.random.default_rng(5).uniform(0, 9, (12, 12, 7)).astype(np.float32)
+    times = np.full_like(sums, 20)
+    np.testing.assert_array_equal(read_layout(np.concatenate([sums, times]), 12, premultiplied=True), sums)
+    with pytest.raises(InputError, match=r"w\.mrc: .*multiplicities.*\(24, 12, 7\).*CtfPremultiplied 1"):
+        read_layout(np.concatenate([sums, times]) / 20, 12, "w.mrc")
 
 
 def test_rounding_is_clipped_not_refused():
