@@ -35,6 +35,7 @@ __all__ = ["app", "main"]
 
 INPUT_PANEL, START_PANEL, METHOD_PANEL, RUN_PANEL = "Input", "Start", "Method", "Run and output"
 PARTICLES_PANEL, IMAGING_PANEL = "Particles", "Imaging"  # of `simulate`
+TOLD_EVERY = 60.0  # seconds, in a log, of a step that takes long
 
 app = typer.Typer(
     help="Average and classify cryo-electron subtomograms without a reference (FAML).",
@@ -916,7 +917,7 @@ class Display:
         self._console = Console(highlight=False)
         self._bars: Bars | None = None
         self._shown = ""
-        self._started = time.monotonic()
+        self._started = self._step_started = self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         self._tell("start", version=__version__, command=sys.argv)
@@ -948,12 +949,20 @@ class Display:
 
     def step(self, name: str, done: int, total: int) -> None:
         """Within an iteration: `done` of `total` of the step `name`."""
-        if self._bars is None:
-            return
-        if name != self._shown:
-            self._shown = name
-            self._bars.reset(self._part, total=max(total, 1), description=name)
-        self._bars.update(self._part, completed=done, total=max(total, 1))
+        now = time.monotonic()
+        another = name != self._shown
+        if another:
+            self._shown, self._step_started, self._told = name, now, now
+        if self._bars is not None:
+            if another:
+                self._bars.reset(self._part, total=max(total, 1), description=name)
+            self._bars.update(self._part, completed=done, total=max(total, 1))
+        if 0 < done < total and now - self._told >= TOLD_EVERY:
+            left = (now - self._step_started) / done * (total - done)
+            self._tell("step", step=name, done=done, total=total, seconds_left=round(left, 1))
+            if self._bars is None:
+                self.say(f"{name}: {done} of {total}, {_seconds(left)} left")
+            self._told = now
 
     def iteration(self, record: IterationRecord) -> None:
         """After an iteration."""

@@ -38,6 +38,8 @@ def read_config(path: str | os.PathLike[str], names: Collection[str]) -> dict[st
         raise InputError(f"{path}: not a TOML file (byte {error.start} is no UTF-8)") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid TOML: brackets within brackets, too deep") from None
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")

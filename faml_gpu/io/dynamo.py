@@ -179,9 +179,9 @@ def read_dynamo_table(path: str | os.PathLike[str]) -> DynamoTable:
         needed = values[number - 1, : min(width, CLASS + 1)]
         wrong = np.flatnonzero(~np.isfinite(needed))
         if len(wrong):
-            raise InputError(f"{path}, row {number}: column {wrong[0] + 1} is {row[wrong[0]]}, expected a number")
+            raise InputError(f"{path}, row {number}: column {wrong[0] + 1} is {row[wrong[0]]:.60}, expected a number")
         if needed[TAG] != np.rint(needed[TAG]) or needed[TAG] < 0:
-            raise InputError(f"{path}, row {number}: tag is {row[TAG]}, expected a whole number")
+            raise InputError(f"{path}, row {number}: tag is {row[TAG]:.60}, expected a whole number")
     tags, counts = np.unique(values[:, TAG], return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path}: tag {tags[counts > 1][0]:g} stands in {counts.max()} rows, expected one")

@@ -463,7 +463,7 @@ def _check_three_dimensional(table: StarTable) -> None:
         raise InputError(f"{table.path}: rlnTomoSubTomosAre2DStacks is 1 (2-D stacks), {hint}")
     for group, value in table.optics_values("rlnImageDimensionality").items():
         if _as_number(value) != 3:
-            raise InputError(f"{table.path}: rlnImageDimensionality is {value} in optics group {group}, {hint}")
+            raise InputError(f"{table.path}: rlnImageDimensionality is {value:.60} in optics group {group}, {hint}")
     for column in ("rlnImageName", "rlnCtfImage"):
         if column in table.columns:
             for row, name in enumerate(table.strings(column)):
@@ -477,9 +477,9 @@ def _premultiplied(table: StarTable) -> bool:
     values = table.optics_values(column)
     for group, value in values.items():
         if _as_number(value) not in (0, 1):
-            raise InputError(f"{table.path}: {column} is {value} in optics group {group}, expected 0 or 1")
+            raise InputError(f"{table.path}: {column} is {value:.60} in optics group {group}, expected 0 or 1")
     if len({_as_number(value) for value in values.values()}) > 1:
-        listed = ", ".join(f"{value} in {group}" for group, value in values.items())
+        listed = ", ".join(f"{value:.60} in {group}" for group, value in values.items())
         raise InputError(f"{table.path}: {column} differs between optics groups ({listed}), expected the same in all")
     premultiplied = any(_as_number(value) == 1 for value in values.values())
     if premultiplied and "rlnCtfImage" not in table.columns:
@@ -548,7 +548,7 @@ def _check_image_size(table: StarTable, box: int) -> None:
     for group, value in table.optics_values("rlnImageSize").items():
         if _as_number(value) != box:
             raise InputError(
-                f"{table.path}: rlnImageSize is {value} in optics group {group}, but the boxes have {box} voxels"
+                f"{table.path}: rlnImageSize is {value:.60} in optics group {group}, but the boxes have {box} voxels"
             )
 
 

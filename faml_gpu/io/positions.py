@@ -74,5 +74,5 @@ def _as_size(table: StarTable, name: str, text: str) -> float:
     except ValueError:
         size = 0.0
     if not (np.isfinite(size) and size > 0):
-        raise InputError(f"{table.path}: {name} is {text} in data_optics, expected more than 0 A")
+        raise InputError(f"{table.path}: {name} is {text:.60} in data_optics, expected more than 0 A")
     return size

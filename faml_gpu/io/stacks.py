@@ -32,8 +32,9 @@ def _of_array(path: Path) -> list[VolumeHeader]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}), expected an array of boxes") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an array in NumPy's format ({error})") from None
+    except Exception as error:  # of a broken header: ValueError, EOFError, TokenError, SyntaxError, OverflowError ...
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not an array in NumPy's format ({reason})") from None
     if not isinstance(array, np.memmap) or array.dtype.kind not in "iuf":
         raise InputError(f"{path}: found {getattr(array, 'dtype', 'an archive')}, expected real numbers")
     if array.ndim == 3:

@@ -203,7 +203,7 @@ class StarTable:
                 numbers[row] = np.nan
             if not np.isfinite(numbers[row]):
                 raw = self.values[row][self.columns.index(name)]
-                raise InputError(f"{self.row_name(row)}: {name} is {raw}, expected a number")
+                raise InputError(f"{self.row_name(row)}: {name} is {raw:.60}, expected a number")
         return numbers
 
     def optics_values(self, name: str) -> dict[str, str]:

@@ -211,6 +211,29 @@ def test_the_log_tells_how_a_run_ended(small_star: Path, tmp_path: Path, monkeyp
     assert len(log.read_text().splitlines()) == 6  # they follow one another
 
 
+def test_a_step_that_takes_long_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a log: once a minute, with what is left of it; 100 of 400 particles in 80 s leave 240 s."""
+    clock = Mock(return_value=1000.0)
+    monkeypatch.setattr(cli.time, "monotonic", clock)
+    log = tmp_path / "log.jsonl"
+    with cli.Display(3, log) as display:
+        for name in ("iteration 1", "iteration 2"):
+            for done in (0, 40, 80, 120, 160, 200, 400):
+                display.step(name, done, 400)
+                clock.return_value += 32.0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"iteration {i}: {done} of 400, {left} left" for i in (1, 2) for done, left in ((80, "4 min"), (160, "3 min"))
+    ]
+    steps = [json.loads(line) for line in log.read_text().splitlines()][1:-1]
+    assert [(s["event"], s["step"], s["done"], s["seconds_left"]) for s in steps][:2] == [
+        ("step", "iteration 1", 80, 256.0),
+        ("step", "iteration 1", 160, 192.0),
+    ]
+
+
 def test_a_log_that_cannot_be_written(small_star: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["average", str(small_star), "-o", str(out), *FLAGS, "--log-json", str(tmp_path)])

@@ -23,6 +23,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.run_folder import read_checkpoint
 
 ITERATIONS = 5
+LONG = 5.0  # seconds such a run takes from its first file to its last, report included
 OPTIONS: dict[str, Any] = {
     "tilt_range": (-60.0, 60.0),
     "iterations": ITERATIONS,
@@ -149,6 +150,34 @@ def test_sigkill(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -
     assert not (out / "run_class001.mrc").exists()
     command = [*MAIN, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS, "--resume"]
     subprocess.run(command, check=True, capture_output=True)
+    assert results(out) == unbroken
+    assert not list(out.glob(".*"))
+
+
+# Ten in CI; all of them with -m rare.
+MOMENTS = [*range(10), *(pytest.param(i, marks=(pytest.mark.rare, pytest.mark.slow)) for i in range(10, 50))]
+
+
+@pytest.mark.parametrize("trial", MOMENTS)
+def test_killed_at_any_moment(trial: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    """Within an iteration, while files are written, while the report is made, or just after the end."""
+    out = tmp_path / "out"
+    command = [*MAIN, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not (out / "run.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "nothing begun within two minutes"
+        time.sleep(0.002)
+    time.sleep(np.random.default_rng(trial).uniform(0, LONG))
+    process.kill()
+    process.communicate()
+    for path in out.glob("*.mrc"):
+        assert path.read_bytes() == unbroken[path.name]
+    for path in out.glob("*_checkpoint.json"):
+        read_checkpoint(path.with_suffix(""))
+    again = CliRunner().invoke(app, ["classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS, "--resume"])
+    assert again.exit_code == 0, again.output
     assert results(out) == unbroken
     assert not list(out.glob(".*"))
 
