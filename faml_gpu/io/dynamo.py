@@ -26,6 +26,7 @@ Float64 = NDArray[np.float64]
 TAG, ALIGNED, SHIFT, ANGLES = 0, 1, slice(3, 6), slice(6, 9)
 TILTING, ABOUT_Y, ABOUT_X = 12, slice(13, 15), slice(15, 17)
 TOMOGRAM, CLASS, REFERENCE, VOXEL_SIZE = 19, 21, 33, 35
+WHOLE, LARGEST = (TAG, TILTING, TOMOGRAM, CLASS), 2**53  # as float64 numbers them
 FEWEST = 9  # columns: tag to narot
 NAMED = 3  # examples given where many rows are at fault
 
@@ -182,6 +183,9 @@ def read_dynamo_table(path: str | os.PathLike[str]) -> DynamoTable:
             raise InputError(f"{path}, row {number}: column {wrong[0] + 1} is {row[wrong[0]]:.60}, expected a number")
         if needed[TAG] != np.rint(needed[TAG]) or needed[TAG] < 0:
             raise InputError(f"{path}, row {number}: tag is {row[TAG]:.60}, expected a whole number")
+        large = [column for column in WHOLE if column < len(needed) and abs(needed[column]) > LARGEST]
+        if large:
+            raise InputError(f"{path}, row {number}: column {large[0] + 1} is {row[large[0]]:.60}, expected a number")
     tags, counts = np.unique(values[:, TAG], return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path}: tag {tags[counts > 1][0]:g} stands in {counts.max()} rows, expected one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def stack_headers(path: str | os.PathLike[str]) -> list[VolumeHeader]:
 
 def _of_array(path: Path) -> list[VolumeHeader]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers from Python 2: they are read, or not
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}), expected an array of boxes") from None
     except Exception as error:  # of a broken header: ValueError, EOFError, TokenError, SyntaxError, OverflowError ...

@@ -158,6 +158,7 @@ def test_tilt_ranges_of_the_rows(project: Path) -> None:
         (row(5, angles=("NaN", 0, 0)), "row 1: column 7 is NaN"),
         (row(5) + "\n" + row(5), "tag 5 stands in 2 rows"),
         (row(5.5), "row 1: tag is 5.5, expected a whole number"),
+        (row(1e30), r"row 1: column 1 is 1e\+30, expected a number"),
         (row(99), "1 of 1 boxes are not in"),
         (row(5, tilting=(3, -60, 60, -60, 60)), r"row 1: kind of tilting \(column 13\) is 3"),
         (row(5, tilting=(1, 60, -60, 0, 0)), "row 1: tilt range from 60 to -60 degrees"),

@@ -250,7 +250,7 @@ def test_star_round_trip(
     np.testing.assert_allclose(found.floats("rlnAngleRot"), values, atol=5.1e-7)
     assert found.columns == (*columns, "rlnAngleRot")
     assert [row[:-1] for row in found.values] == list(table.values)
-    assume(end == "\n")  # starfile's own limit
+    assume(end == "\n" and "#" not in str(odd))  # starfile's own limits
     theirs = starfile.read(folder / "again.star")["particles"]
     np.testing.assert_allclose(theirs["rlnAngleRot"], values, atol=5.1e-7)
     assert list(theirs.columns) == list(found.columns)
