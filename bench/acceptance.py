@@ -112,8 +112,8 @@ def ribosome_case(args: argparse.Namespace) -> None:
 def insitu_case(args: argparse.Namespace) -> None:
     """The 40 real ribosomes from their reference at 60 A: share of poses within 20 degrees of the given ones.
 
-    And the mean FSC with the reference over the shells from 60 to 36 A, beyond the start's low-pass, in the mask: of the
-    average found, of those in the given poses (which made the reference: it holds their noise too) and in random
+    And the mean FSC with the reference over the shells from 60 to 36 A, beyond the start's low-pass, in the mask: of
+    the average found, of those in the given poses (which made the reference: it holds their noise too) and in random
     ones, and of the start.
     """
     particles = open_particles(INSITU / "particles.star")
