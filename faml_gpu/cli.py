@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 import signal
 import sys
@@ -57,13 +58,22 @@ def _from_config(context: typer.Context, path: Path | None) -> Path | None:
             for opt in ([opt for opt in parameter.opts if opt.startswith("--")] or [str(parameter.name)])
             if parameter.name != "config"
         }
+        hints = get_type_hints(Shared) | {"particles": str, "n_classes": int}
         try:
-            found = read_config(path, names)
+            found = read_config(path, {name: hints[str(parameter)] for name, parameter in names.items()})
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         context.default_map = {str(names[name]): value for name, value in found.items()}
+        _resumed(context, bool(context.params.get("resume")))
     return path
+
+
+def _resumed(context: typer.Context, resume: bool) -> bool:
+    """A run begun with `overwrite` in its file is gone on with by --resume."""
+    if resume and context.default_map:
+        context.default_map.pop("overwrite", None)
+    return resume
 
 
 @dataclass(frozen=True)
@@ -363,6 +373,7 @@ class Shared:
         typer.Option(
             "--resume",
             help="Go on with the run in the output folder (same input and options; more --iterations allowed).",
+            callback=_resumed,
             rich_help_panel=RUN_PANEL,
         ),
     ] = False
@@ -914,6 +925,7 @@ class Display:
     def __init__(self, iterations: int, log: Path | None = None) -> None:
         self._iterations = iterations
         self._log = log
+        self._log_begun = False
         self._console = Console(highlight=False)
         self._bars: Bars | None = None
         self._shown = ""
@@ -975,17 +987,29 @@ class Display:
             self._bars.update(self._whole, completed=record.iteration)
 
     def _tell(self, event: str, **facts: Any) -> None:
-        """A line of JSON for programs that watch the run; it is in the file as soon as it has happened."""
+        """A line of JSON for programs that watch the run; it is in the file as soon as it has happened.
+
+        If that fails before the run has begun, it does not begin. Later it goes on without.
+        """
         if self._log is None:
             return
         from faml_gpu.run_folder import finite
 
         line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        text = json.dumps(finite(line), allow_nan=False) + "\n"
         try:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+            self._log.parent.mkdir(parents=True, exist_ok=True)  # it may be the run's folder
+            with self._log.open("ab+") as file:
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                    text = "\n" + text  # the line before was cut off
+                file.write(text.encode())
         except OSError as error:
-            raise InputError(f"option log-json: {self._log} cannot be written ({error.strerror})") from None
+            what = f"option log-json: {self._log} cannot be written ({error.strerror})"
+            if not self._log_begun:
+                raise InputError(what) from None
+            self._log = None
+            warnings.warn(f"{what}; the run goes on without", stacklevel=2)
+        self._log_begun = True
 
     def say(self, line: str) -> None:
         """A line of text, above the bars if there are any."""
@@ -1018,7 +1042,11 @@ class Resume:
         """What to print."""
         if self._output is None:
             return self._otherwise
-        if not any(self._output.glob("run_it*_checkpoint.json")):
+        try:
+            begun = any(self._output.glob("run_it*_checkpoint.json"))
+        except OSError:
+            begun = False
+        if not begun:
             return "no iteration was completed: nothing to go on from"
         words = [word for word in sys.argv[1:] if word != "--overwrite"]
         if "--resume" not in words:
@@ -1060,9 +1088,13 @@ def _ending(resume: Resume) -> Iterator[None]:
     except Exception as error:
         from faml_gpu.run_folder import OutputError
 
-        if not isinstance(error, OutputError):
+        if isinstance(error, OSError):  # a file system says no where no more can be said of it
+            place = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"error: {place}{error.strerror or error}\n{resume.hint()}", err=True)
+        elif isinstance(error, OutputError):
+            typer.echo(f"error: {error}\n{resume.hint()}", err=True)
+        else:
             raise
-        typer.echo(f"error: {error}\n{resume.hint()}", err=True)
         raise typer.Exit(2) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -7,29 +7,31 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from faml_gpu.errors import InputError
 
 __all__ = ["config_text", "read_config"]
 
 
-def read_config(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, Any]:
+def read_config(path: str | os.PathLike[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name, from a TOML file without tables: `tilt_range = [-60, 60]`.
 
     Parameters
     ----------
     path : of the file
-    names : that options have, with underscores; in the file they may be written with dashes
+    kinds : name of an option, with underscores -> type of its value, as in a signature. In the file names may be
+        written with dashes.
 
     Raises
     ------
     InputError
-        The file is missing or no TOML, holds a name that is none of these, one twice, or a table.
+        The file is missing or no TOML, holds a name that is none of these, one twice, or a value of another type.
     """
-    path = Path(path)
+    path, names = Path(path), list(kinds)
     try:
         content = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
@@ -51,8 +53,34 @@ def read_config(path: str | os.PathLike[str], names: Collection[str]) -> dict[st
             raise InputError(f"{path}: found {name} twice, with a dash and with an underscore")
         if isinstance(value, dict):
             raise InputError(f"{path}: found a table {key}, expected a value")
+        if not _fits(value, kinds[name]):
+            raise InputError(f"{path}: {key} is {_toml(value):.60}, expected {_expected(kinds[name])}")
         found[name] = value
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in of)
+    if origin is Literal:
+        return value in of
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(of) and all(map(_fits, value, of))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, str if kind is Path else kind)
+
+
+def _expected(kind: Any) -> str:
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_expected(each) for each in of if each is not NoneType)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, of))
+    if origin is tuple:
+        return f"[{', '.join(map(_expected, of))}]"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text in quotes")
 
 
 def config_text(values: Mapping[str, Any], automatic: Mapping[str, Any], heading: str = "") -> str:
@@ -79,4 +107,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)  # inf and nan are TOML, not JSON
     # Of strings, numbers and booleans JSON is TOML, but for a control character that JSON does not escape.
+    if not isinstance(value, (str, int, float)):
+        return str(value)  # a date, in a file that is refused
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -116,6 +116,8 @@ def forecast(
     power = np.log(last / first) / np.log(ratio) if ratio > 1 else 0.0
     bands = [whole.r_max(i) for i in range(1, options.iterations + 1)]
     total = sum(first * (r / whole.r_start) ** power for r in bands)
+    of_start = sum(first * (r / whole.r_start) ** power for r in bands[: max(1, whole.explored)])
+    total += (options.starts - 1) * of_start
     total += (at_full["read"] + at_full["rotate back"]) / count * n  # of the final averages
     poses = options.candidates * POSE * n * options.n_classes
     maps = 4 * whole.box**3 * options.n_classes

@@ -25,14 +25,14 @@ from faml_gpu.errors import InputError
 from faml_gpu.half_files import half_summary, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
-from faml_gpu.io.particles import open_particles
+from faml_gpu.io.particles import FileParticles, open_particles
 from faml_gpu.io.positions import recentered
 from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.report import write_report, write_views
-from faml_gpu.run_folder import RunFolder, writing
+from faml_gpu.run_folder import RunFolder
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
 __all__ = ["Outlook", "average", "classify", "dry_run"]
@@ -125,9 +125,12 @@ def classify(
     folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
     if output is None and (resume or overwrite or recenter):
         raise InputError("options resume, overwrite and recenter: need an output folder")
+    chosen = Options(n_classes=n_classes, **options)
+    if folder is not None:
+        folder.check(chosen)  # before an hour of reading
     job = _prepare(
         particles,
-        Options(n_classes=n_classes, **options),
+        chosen,
         tilt_range=tilt_range,
         tilt_axis=tilt_axis,
         voxel_size=voxel_size,
@@ -138,7 +141,9 @@ def classify(
         recenter=recenter,
         progress=progress,
     )
-    source, chosen = job.data.source, job.options
+    source = job.data.source
+    if folder is not None:
+        folder.check(inputs=job.data.files(reference))
 
     with ExitStack() as stack:
         checkpoint = None
@@ -194,9 +199,7 @@ def classify(
         remarks = _doubts(result)
         if folder is not None:
             _write_final(folder, result, source, remarks, recenter)
-            with writing(folder.path):
-                write_report(folder.path)
-                write_views(folder.path)
+            _write_pictures(folder.path)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
     return result
@@ -266,6 +269,14 @@ def _prepare(
         if not isinstance(table, StarTable):
             raise InputError(f"option recenter: found {data.path}, expected a STAR file with coordinates")
         recentered(table, np.zeros((table.n_rows, 3)))  # its coordinates can be moved
+    if use_poses and source.poses is not None and source.poses.classes is not None and chosen.n_classes > 1:
+        classes = np.unique(source.poses.classes) + 1
+        if classes.tolist() != list(range(1, chosen.n_classes + 1)):
+            some = ", ".join(map(str, classes[:5])) + (", ..." if len(classes) > 5 else "")
+            warnings.warn(
+                f"the input has classes {some}, expected 1 to {chosen.n_classes}: particles begin in classes at random",
+                stacklevel=3,
+            )
     start_map = None if reference is None else _read_reference(reference, source)
     known = start_map is not None or use_poses
     start_filter = initial_lowpass if known else None
@@ -314,9 +325,10 @@ def dry_run(
 
     All headers are read, but only a few of the boxes and weights; these are timed through an iteration.
     """
-    if output is not None:
-        RunFolder(output, resume=resume, overwrite=overwrite).check()
+    folder = None if output is None else RunFolder(output, resume=resume, overwrite=overwrite)
     chosen = Options(n_classes=n_classes, **options)
+    if folder is not None:
+        folder.check(chosen)
     job = _prepare(
         particles,
         chosen,
@@ -331,6 +343,8 @@ def dry_run(
         progress=progress,
         sample=max(LOOKED_INTO, 2 * n_classes),
     )
+    if folder is not None:
+        folder.check(inputs=job.data.files(reference))
     found = forecast(
         job.data.source,
         chosen,
@@ -393,6 +407,19 @@ def _write_final(folder: RunFolder, result: Result, source: ParticleSource, rema
     )
 
 
+def _write_pictures(folder: Path) -> None:
+    """Report and views; the result is written by now and does not depend on them."""
+    try:
+        write_report(folder)
+        write_views(folder)
+    except Exception as error:
+        warnings.warn(
+            f"no report or views were made ({type(error).__name__}: {error}); the result is whole. Try again with "
+            f"faml-gpu report {folder} and faml-gpu view {folder}",
+            stacklevel=3,
+        )
+
+
 def _doubts(result: Result) -> list[str]:
     """What the user should know of the result before using it."""
     remarks = preferred_orientations(
@@ -440,6 +467,12 @@ class _Input:
             if use_poses and particles.poses is None:
                 raise InputError("option use_poses: the particles have no poses")
             return cls(particles, type(particles).__name__, {}, len(particles))
+        try:
+            os.path.abspath(particles).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{os.fspath(particles)!r}: the path is not UTF-8, expected one that files can name"
+            ) from None
         source = open_particles(
             particles,
             tilt_range=tilt_range,
@@ -459,6 +492,13 @@ class _Input:
             "boxes": None if boxes is None else os.path.abspath(boxes),
         }
         return cls(source, os.path.abspath(particles), reading, source.listed)
+
+    def files(self, reference: PathLike | NDArray[np.float32] | None) -> list[Path]:
+        """All that is read."""
+        named = [Path(self.path)] if self.reading else []
+        if isinstance(reference, (str, os.PathLike)):
+            named.append(Path(reference))
+        return named + (self.source.files() if isinstance(self.source, FileParticles) else [])
 
     def description(self) -> dict[str, Any]:
         """JSON-ready; `fingerprint` tells whether a resumed run still sees the same data."""

@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from io import BytesIO
@@ -47,7 +47,7 @@ LOCK = ".run.lock"
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_checkpoint\.(npz|json))"
     r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_data_recentered\.star|_class_posteriors\.star|\.json|\.toml)"
-    r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|report\.html"
+    r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|(run_it\d{3,}_)?report\.html"
 )
 _OF_HALVES = re.compile(
     r"run(_it\d{3,}_half[12]_class\d{3,}(\.mrc|_checkpoint\.(npz|json))|_half[12]_class\d{3,}_unfil\.mrc)"
@@ -90,17 +90,51 @@ class RunFolder:
         self._lock: int | None = None
         self._facts: dict[str, Any] = {}
 
-    def check(self) -> None:
-        """Raise what entering would, as far as can be told without making or locking anything."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output {self.path}: found a file, expected a folder")
-        if self._resume and not (self.path / "run.json").is_file():
-            raise InputError(f"output {self.path}: found no run to go on with (no run.json); leave --resume out")
-        if not (self._resume or self._overwrite) and self.path.is_dir() and self._our_files():
+    def check(self, options: Options | None = None, inputs: Iterable[Path] = ()) -> None:
+        """Raise what a run in this folder would, as far as can be told without making or locking anything.
+
+        Parameters
+        ----------
+        options : of the run; one that is gone on with must have had the same
+        inputs : files that the run reads
+        """
+        try:
+            there, found = self.path.is_dir(), []
+            parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if there:
+                found = self._our_files()
+        except OSError as error:
+            raise InputError(f"output {self.path}: {error.strerror}, expected a folder to write into") from None
+        if not parent.is_dir():
             raise InputError(
-                f"output {self.path}: found another run ({len(self._our_files())} files), expected a folder "
+                f"output {self.path}: {'found' if parent == self.path else f'{parent} is'} a file, expected a folder"
+            )
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"output {self.path}: no permission to write into {parent}")
+        run = there and (self.path / "run.json").is_file()
+        if self._resume and not run:
+            raise InputError(f"output {self.path}: found no run to go on with (no run.json); leave --resume out")
+        if found and not run:
+            names = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
+            raise InputError(
+                f"output {self.path}: found {len(found)} files named like a run's ({names}), but no run.json: "
+                "another program's. Expected another folder"
+            )
+        if found and not (self._resume or self._overwrite):
+            raise InputError(
+                f"output {self.path}: found another run ({len(found)} files), expected a folder "
                 "without one; give --resume to go on with it, --overwrite to replace it, or another folder"
             )
+        if there:
+            here = self.path.resolve()
+            mine = {path.name for path in found}
+            for path in inputs:
+                if path.name in mine and path.parent.resolve() == here:
+                    raise InputError(
+                        f"output {self.path}: the run would replace its input {path.name}; expected another folder"
+                    )
+        if self._resume and options is not None:
+            _check_options(self._read_run_json(), as_written(asdict(options)))
 
     def __enter__(self) -> Self:
         self.check()
@@ -148,16 +182,18 @@ class RunFolder:
         if self._resume:
             _check_agreement(self._read_run_json(), facts)
             checkpoint = self._newest_checkpoint()
-        elif self._overwrite:
-            for path in self._our_files():
-                path.unlink()
-        for path in self.path.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
-                path.unlink()
+        with writing(self.path):
+            if self._overwrite:
+                # What makes the others a run's goes last: stopped in between, they can still be overwritten.
+                for path in sorted(self._our_files(), key=lambda path: path.name == "run.json"):
+                    path.unlink()
+            for path in self.path.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    path.unlink()
         self._facts = {"format": FORMAT, **facts}
         self._write_run_json("running", checkpoint.history if checkpoint else [])
         if config:
-            _replace(self.path / "run.toml", config.encode())
+            _replace(self.path / "run.toml", config.encode(errors="backslashreplace"))
         return checkpoint
 
     def write_iteration(self, checkpoint: Checkpoint, source: ParticleSource) -> None:
@@ -169,9 +205,10 @@ class RunFolder:
             Nothing written earlier is lost.
         """
         stem = f"run_it{checkpoint.state.iteration:03d}"
-        for path in self.path.iterdir():
-            if _OF_HALVES.fullmatch(path.name):  # of the averages as they were, when the run had fewer iterations
-                path.unlink()
+        with writing(self.path):
+            for path in self.path.iterdir():
+                if _OF_HALVES.fullmatch(path.name):  # of the averages as they were, when the run had fewer iterations
+                    path.unlink()
         self._write_maps(stem, checkpoint.state.maps, source.voxel_size)
         self._write_data(stem, checkpoint.posterior, source)
         with writing(self.path / f"{stem}_model.star"):
@@ -421,21 +458,8 @@ def _plain(array: NDArray[Any]) -> Any:
 
 def _check_agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other options or other data."""
-    old, new = before.get("options", {}), now["options"]
-    defaults = asdict(Options())  # of options that were not there when the run began
-    for name, value in new.items():
-        found = old.get(name, defaults.get(name))
-        if name == "iterations":
-            if found is not None and value < found:
-                raise InputError(f"option iterations: found {value}, expected at least the {found} of the run resumed")
-        elif name in _FREE:
-            if found != value:
-                warnings.warn(
-                    f"the run resumed had {name} {found!r}, now {value!r}: figures may differ in the last digits",
-                    stacklevel=4,
-                )
-        elif found != value:
-            raise InputError(f"option {name}: found {value!r}, expected {found!r} as in the run resumed")
+    now = as_written(now)
+    _check_options(before, now["options"], tell=True)
     for name, value in now["start"].items():
         found = before.get("start", {}).get(name)
         if found != value:
@@ -449,6 +473,34 @@ def _check_agreement(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         found = before.get("versions", {}).get(name)
         if found != value:
             warnings.warn(f"the run resumed was made with {name} {found}, this is {value}", stacklevel=4)
+
+
+def _check_options(before: Mapping[str, Any], new: Mapping[str, Any], *, tell: bool = False) -> None:
+    """Refuse to go on with other options, as written; `tell`: of those that may differ."""
+    old = before.get("options")
+    if not isinstance(old, dict):
+        raise InputError(
+            f"run.json: found {old!r} for options, expected what a run writes; start again with --overwrite"
+        )
+    defaults = as_written(asdict(Options()))  # of options that were not there when the run began
+    for name, value in new.items():
+        found = old.get(name, defaults.get(name))
+        if name == "iterations":
+            if found is not None and value < found:
+                raise InputError(f"option iterations: found {value}, expected at least the {found} of the run resumed")
+        elif name in _FREE:
+            if found != value and tell:
+                warnings.warn(
+                    f"the run resumed had {name} {found!r}, now {value!r}: figures may differ in the last digits",
+                    stacklevel=5,
+                )
+        elif found != value:
+            raise InputError(f"option {name}: found {value!r}, expected {found!r} as in the run resumed")
+
+
+def as_written(content: Any) -> Any:
+    """As it comes back from run.json: tuples as lists."""
+    return json.loads(json.dumps(finite(content), allow_nan=False))
 
 
 def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: ParticleSource) -> None:

@@ -42,7 +42,7 @@ def open_run(folder: str | os.PathLike[str], iteration: int | None = None, *, un
     ----------
     folder : of the run
     iteration : from 1; None is the final result
-    unfinished : where there is no final result, take the last iteration
+    unfinished : where the run has not ended, take its last iteration; a final result that is there is an earlier one's
 
     Raises
     ------
@@ -52,18 +52,22 @@ def open_run(folder: str | os.PathLike[str], iteration: int | None = None, *, un
     folder = Path(folder)
     about = _read_json(folder)
     stem = "run" if iteration is None else f"run_it{iteration:03d}"
-    if iteration is None and unfinished and not (folder / "run_data.star").is_file():
-        found = [re.fullmatch(r"run_it(\d{3,})_data\.star", path.name) for path in folder.iterdir()]
-        last = max((int(match[1]) for match in found if match), default=None)
-        stem = stem if last is None else f"run_it{last:03d}"
+    done = _done(about)
+    if iteration is None and unfinished and about.get("status") != "finished" and done:
+        stem = f"run_it{done:03d}"
     maps = sorted(path for path in folder.iterdir() if re.fullmatch(rf"{stem}_class\d{{3,}}\.mrc", path.name))
     if not maps or not (folder / f"{stem}_data.star").is_file():
-        done = len(about.get("iterations", []))
         raise InputError(
             f"{folder}: no {stem}_class001.mrc and {stem}_data.star; the run is {about.get('status', 'unfinished')} "
             f"with {done} iterations done (see one of them with --iteration 1 ... {done})"
         )
     return RunFiles(folder, stem, about, maps, read_particles_star(folder / f"{stem}_data.star"))
+
+
+def _done(about: dict[str, Any]) -> int:
+    """Iterations that have ended."""
+    records = about.get("iterations")
+    return len(records) if isinstance(records, list) else 0
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ TILTING, ABOUT_Y, ABOUT_X = 12, slice(13, 15), slice(15, 17)
 TOMOGRAM, CLASS, REFERENCE, VOXEL_SIZE = 19, 21, 33, 35
 WHOLE, LARGEST = (TAG, TILTING, TOMOGRAM, CLASS), 2**53  # as float64 numbers them
 FEWEST = 9  # columns: tag to narot
+SAME_SIZE = 0.001  # relative
 NAMED = 3  # examples given where many rows are at fault
 
 
@@ -111,11 +112,26 @@ class DynamoTable:
         return {"tomogram": Groups(tuple(str(number) for number in numbers), index.astype(np.int64))}
 
     def stated_voxel_size(self) -> float | None:
-        """Angstrom, where all rows say the same."""
+        """Angstrom, where the rows say it; 0 and NaN say nothing.
+
+        Raises
+        ------
+        InputError
+            Rows differ.
+        """
         if self.values.shape[1] <= VOXEL_SIZE:
             return None
-        sizes = np.unique(self.values[:, VOXEL_SIZE])
-        return float(sizes[0]) if len(sizes) == 1 and sizes[0] > 0 else None
+        sizes = self.values[:, VOXEL_SIZE]
+        rows = np.flatnonzero(np.isfinite(sizes) & (sizes > 0))
+        if not len(rows):
+            return None
+        low, high = rows[sizes[rows].argmin()], rows[sizes[rows].argmax()]
+        if sizes[high] > sizes[low] * (1 + SAME_SIZE):
+            raise InputError(
+                f"{self.path}: voxel sizes (column 36) differ: {sizes[low]:g} A in row {low + 1}, {sizes[high]:g} A in "
+                f"row {high + 1}; expected the same for all particles"
+            )
+        return float(sizes[low])
 
     def tilting(self) -> list[tuple[str, float, float]]:
         """Axis ("x", "y", or "" where all was seen) and range of each row's tilt series, degrees.

@@ -176,7 +176,8 @@ def read_volume(header: VolumeHeader) -> Float32:
     if data.size != count:
         raise InputError(f"{header.path}: truncated, {data.size} voxels, expected {count}")
     volume = data.reshape(header.stored_shape).transpose(header.order)
-    return np.ascontiguousarray(volume, dtype=np.float32)
+    with np.errstate(over="ignore"):  # too large for float32: infinite, and refused as such
+        return np.ascontiguousarray(volume, dtype=np.float32)
 
 
 def read_mrc(path: str | os.PathLike[str]) -> tuple[Float32, float | None]:

@@ -102,6 +102,10 @@ class FileParticles:
     def __len__(self) -> int:
         return len(self._headers)
 
+    def files(self) -> list[Path]:
+        """What `read` reads."""
+        return self.paths + [weight.path for weight in self._weights if isinstance(weight, VolumeHeader)]
+
     def read(self, indices: Int64) -> Batch:
         """Read boxes from the disk, with the distinct weights they need.
 
@@ -280,6 +284,8 @@ def open_particles(
         lacks = "has no rlnCtfImage" if table else "has no weights"
         raise InputError(f"{source} {lacks}: the tilt range is needed (--tilt-range LO HI, degrees)")
 
+    if tilt_axis != "y" and tilt_range is None:
+        raise InputError(f"--tilt-axis: goes with --tilt-range; {source} says what was seen by itself")
     folder = path.parent if table else Path()
     weight_paths = _existing(weight_names, folder, table, "rlnCtfImage") if weight_names is not None and table else []
     if headers is None:
@@ -327,7 +333,7 @@ def open_particles(
         means,
     )
     result.listed = listed
-    _check_boxes(headers, progress)
+    _check_boxes(headers, rows, progress)
     result.warnings = _wedge_warnings(result)
     return result
 
@@ -408,10 +414,11 @@ def _list_boxes(source: str | os.PathLike[str]) -> list[str]:
     path = Path(source)
     if path.is_dir():
         files = [name for name in path.iterdir() if name.is_file()]
-        names = next(
-            (found for kind in (".mrc", ".em") if (found := [str(f) for f in files if f.suffix.lower() == kind])), []
-        )
-        expected = ".mrc or .em files"
+        kinds = {kind: [str(f) for f in files if f.suffix.lower() == kind] for kind in (".mrc", ".em")}
+        if all(kinds.values()):
+            counts = " and ".join(f"{len(found)} {kind}" for kind, found in kinds.items())
+            raise InputError(f"{source}: found {counts} files, expected boxes of one kind; give a pattern ('*.em')")
+        names, expected = kinds[".mrc"] or kinds[".em"], ".mrc or .em files"
     elif path.is_file():
         names, expected = [str(path)], ""
     elif glob.has_magic(os.fspath(source)):
@@ -421,7 +428,21 @@ def _list_boxes(source: str | os.PathLike[str]) -> list[str]:
         raise InputError(f"{source}: does not exist, expected a STAR file, a folder of .mrc boxes, or a glob of boxes")
     if not names:
         raise InputError(f"{source}: no {expected}, expected subtomograms")
+    unfit = [name for name in names if not _fits_in_star(name)]
+    if unfit:
+        raise InputError(
+            f"{source}: {len(unfit)} of {len(names)} names cannot stand in a STAR file: "
+            f"{_listed(map(repr, unfit), len(unfit))}; expected UTF-8 without line ends, and one kind of quotes at most"
+        )
     return sorted(names)
+
+
+def _fits_in_star(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return not ("\n" in name or "\r" in name or ("'" in name and '"' in name))
 
 
 def _existing(names: Sequence[str], folder: Path, table: StarTable | None, column: str) -> list[Path]:
@@ -430,7 +451,7 @@ def _existing(names: Sequence[str], folder: Path, table: StarTable | None, colum
     for name in names:
         if name not in known:
             candidates = (folder / name, Path(name))
-            known[name] = next((path for path in candidates if path.is_file()), None)
+            known[name] = next((path for path in candidates if _is_file(path)), None)
     paths = [known[name] for name in names]
     found = [path for path in paths if path is not None]
     if len(found) < len(paths):
@@ -443,6 +464,13 @@ def _existing(names: Sequence[str], folder: Path, table: StarTable | None, colum
             f"{_listed(examples, len(rows))}; expected relative to {folder} or to the working directory {Path.cwd()}"
         )
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no permission, or no name that a file can have
+        return False
 
 
 def _listed(examples: Iterable[str], total: int) -> str:
@@ -637,12 +665,19 @@ def _fault(volume: Float32) -> str | None:
     return f"constant, {low:g}" if low == high else None
 
 
-def _check_boxes(headers: Sequence[VolumeHeader], progress: Progress | None) -> None:
+def _check_boxes(headers: Sequence[VolumeHeader], rows: Int64, progress: Progress | None) -> None:
+    """`rows` of the input, from 0, that they are."""
+    in_stack = len({header.path for header in headers}) < len(headers)
+
     def check(header: VolumeHeader) -> str | None:
         return _fault(read_volume(header))
 
     found = _in_threads(check, headers, progress, "checking boxes")
-    faults = [(str(header.path), fault) for header, fault in zip(headers, found, strict=True) if fault]
+    faults = [
+        (f"{row + 1:06d}@{header.path}" if in_stack else str(header.path), fault)
+        for row, header, fault in zip(rows, headers, found, strict=True)
+        if fault
+    ]
     _refuse(faults, len(headers), "boxes", "finite values that vary")
 
 

@@ -42,9 +42,9 @@ def _of_array(path: Path) -> list[VolumeHeader]:
         raise InputError(f"{path}: found {getattr(array, 'dtype', 'an archive')}, expected real numbers")
     if array.ndim == 3:
         array = array[None]
-    if array.ndim != 4 or len(set(array.shape[1:])) != 1 or not array.flags.c_contiguous:
+    if array.ndim != 4 or len(array) == 0 or len(set(array.shape[1:])) != 1 or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran's order"
-        raise InputError(f"{path}: array of shape {array.shape}{order}, expected (n, N, N, N) in C's order")
+        raise InputError(f"{path}: array of shape {array.shape}{order}, expected (n, N, N, N) with n >= 1 in C's order")
     shape = (int(array.shape[1]),) * 3
     each = array.itemsize * shape[0] ** 3
     return [

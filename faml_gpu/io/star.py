@@ -182,7 +182,15 @@ class StarTable:
         return f"{self.path}, line {self.lines[row]} (particle {row + 1})"
 
     def strings(self, name: str) -> list[str]:
-        """A column as text, quotes removed: names like 0012 stay what they are."""
+        """A column as text, quotes removed: names like 0012 stay what they are.
+
+        Raises
+        ------
+        InputError
+            There is no such column.
+        """
+        if name not in self.columns:
+            raise InputError(f"{self.path}: no column {name} in data_{self.block}, expected one")
         column = self.columns.index(name)
         return [cif.as_string(row[column]) for row in self.values]
 
@@ -300,7 +308,9 @@ def read_particles_star(path: str | os.PathLike[str]) -> StarTable:
     """
     path = Path(path)
     try:
-        source = path.read_bytes().decode()
+        source = path.read_bytes().decode("utf-8-sig")  # some editors put a mark of the encoding first
+        if "\r" in source and "\n" not in source:
+            raise InputError(f"{path}: line ends of an old Mac (CR), expected LF or CRLF")
         document = cif.read_string(source)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}), expected a STAR file of particles") from None
@@ -335,7 +345,7 @@ def read_particles_star(path: str | os.PathLike[str]) -> StarTable:
         columns=tuple(tag.removeprefix("_") for tag in tags),
         values=tuple(tuple(values[start : start + n_columns]) for start in range(0, len(values), n_columns)),
         lines=np.searchsorted(breaks, value_spans[:, 0, 0]) + 1,
-        optics=_optics_columns(document),
+        optics=_optics_columns(document, path),
         general=_pairs(document, "general"),
         source=source,
         tag_spans=spans[:n_columns],
@@ -343,7 +353,7 @@ def read_particles_star(path: str | os.PathLike[str]) -> StarTable:
     )
 
 
-def _optics_columns(document: cif.Document) -> dict[str, list[str]] | None:
+def _optics_columns(document: cif.Document, path: Path) -> dict[str, list[str]] | None:
     """`data_optics` as columns, whether it is a loop or pairs (one group); None where there is none."""
     block = next((block for block in document if block.name == "optics"), None)
     if block is None:
@@ -351,9 +361,12 @@ def _optics_columns(document: cif.Document) -> dict[str, list[str]] | None:
     columns = {name: [value] for name, value in _pairs(document, "optics").items()}
     for item in block:
         if item.loop:
-            width = len(item.loop.tags)
+            width, rows = len(item.loop.tags), item.loop.length()
+            columns = {name: values * rows if len(values) == 1 else values for name, values in columns.items()}
             for column, tag in enumerate(item.loop.tags):
                 columns[tag.removeprefix("_")] = [cif.as_string(v) for v in list(item.loop.values)[column::width]]
+    if len({len(values) for values in columns.values()}) > 1:
+        raise InputError(f"{path}: loops of different length in data_optics, expected one loop")
     return columns
 
 

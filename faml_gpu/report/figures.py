@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 WIDTH = 9.0  # inches; a page holds it
+IN_LEGEND = 10  # classes; the names of more would leave no room for the curves
 COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#e09f3e", "#6d597a", "#2a9d8f", "#8d6b4f", "#b5838d", "#495057", "#a3b18a")
 GREY = "0.55"
 
@@ -86,7 +87,8 @@ def class_sizes(run: RunSummary) -> Figure:
         for k in record.get("reseeded") or []:
             ax.axvline(record["iteration"] + 0.5, color=_colour(k), linestyle=":", linewidth=1)
     ax.set(xlabel="iteration", ylabel="share of particles (%)", ylim=(0, None))
-    ax.legend(fontsize=8, frameon=False, ncols=min(len(sizes.T), 5))
+    if len(sizes.T) <= IN_LEGEND:
+        ax.legend(fontsize=8, frameon=False, ncols=min(len(sizes.T), 5))
     _whole_numbers(ax)
     return figure
 
@@ -108,7 +110,7 @@ def convergence(run: RunSummary) -> Figure:
     coverage = np.array([r["coverage"] for r in run.history])
     for k, values in enumerate(coverage.T):
         axes[1, 2].plot(_iterations(run), 100 * values, "o-", color=_colour(k), markersize=3, label=f"class {k + 1}")
-    if coverage.shape[1] > 1:
+    if 1 < coverage.shape[1] <= IN_LEGEND:
         axes[1, 2].legend(fontsize=7, frameon=False)
     axes[1, 2].set_title("Fourier coverage (%)", fontsize=9)
     axes[1, 2].set_ylim(None, 101)

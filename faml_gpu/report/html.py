@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from faml_gpu import __version__
+from faml_gpu.errors import InputError
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.options import Options
 from faml_gpu.report import figures
@@ -48,7 +49,7 @@ def write_report(
     ----------
     folder : of the run; one that has not ended is reported up to its last iteration
     iteration : from 1; None is the final result
-    path : of the report; None is report.html in the folder
+    path : of the report; None is report.html in the folder, run_it007_report.html of an iteration
 
     Returns
     -------
@@ -58,12 +59,16 @@ def write_report(
     Raises
     ------
     InputError
-        No run is there, or a file of it is damaged.
+        No run is there, or a file of it is damaged; `path` is a folder.
     OSError
         It cannot be written.
     """
+    if path is not None and (not Path(path).name or Path(path).is_dir()):
+        raise InputError(f"output {path}: found a folder, expected the name of a file")
     run = read_summary(folder, iteration)
-    path = Path(folder) / REPORT if path is None else Path(path)
+    if path is None:
+        path = Path(folder) / (REPORT if iteration is None else f"{run.files.stem}_{REPORT}")
+    path = Path(path)
     environment = Environment(
         loader=PackageLoader("faml_gpu.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -81,18 +86,21 @@ def write_report(
         limit=MISFIT,
     )
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="replace"))  # names of files need not be UTF-8
     return path
 
 
 def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     """What was run, on what, for how long."""
     about, data = run.about, run.about["input"]
-    program, *words = about["command"]
-    yield "Command", shlex.join(["faml-gpu" if program.endswith("faml-gpu") else program, *words])
+    if about["command"]:
+        program, *words = about["command"]
+        yield "Command", shlex.join(["faml-gpu" if program.endswith("faml-gpu") else program, *words])
     yield "Particles", f"{data['particles']} boxes of {data['box']}³ voxels of {data['voxel_size']:g} Å, {data['path']}"
     done, seconds = len(run.history), sum(sum(record["seconds"].values()) for record in run.history)
-    if about["status"] == "finished":
+    if not run.final:
+        state = f"{run.iteration} of at most {run.options['iterations']}"
+    elif about["status"] == "finished":
         state = f"converged after {about['converged_at']}" if run.converged else f"all {done} done, not converged"
     else:
         state = f"{done} of at most {run.options['iterations']} done"

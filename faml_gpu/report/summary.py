@@ -27,6 +27,21 @@ Float64 = NDArray[np.float64]
 MISFIT = 5.0  # median absolute deviations (times 1.4826) below the median of the log-likelihoods
 ALL_BUT_ALL = 0.95  # of the particles in one class
 NEXT_TO_NONE = 0.01
+
+# What a report needs of run.json.
+EXPECTED: dict[str, type | tuple[type, ...]] = {
+    "command": list, "status": str, "started": (str, type(None)), "versions": dict, "machine": dict, "device": str,
+    "threads": int, "seed": int, "input": dict, "start": dict, "options": dict, "resolved": dict, "iterations": list,
+}  # fmt: skip
+EXPECTED_WITHIN = {
+    "input": ("path", "particles", "box", "voxel_size"),
+    "start": ("use_poses", "reference"),
+    "resolved": ("iterations", "mask_radius", "max_shift", "resolution"),
+}
+IN_RECORD = (
+    "iteration", "log_likelihood", "sigma", "zeta", "class_sizes", "r_max", "resolution", "changed_class",
+    "pose_change", "near_identity", "coverage", "seconds",
+)  # fmt: skip
 LOCKED = 0.3  # share of the orientations within 10 degrees of the identity; of random ones it is 0.0006
 
 
@@ -61,9 +76,19 @@ class RunSummary:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """A record of each iteration, see `data.IterationRecord`."""
+        """A record of each iteration up to the one that is read, see `data.IterationRecord`."""
         records: list[dict[str, Any]] = self.about["iterations"]
-        return records
+        return records if self.final else records[: self.iteration]
+
+    @property
+    def final(self) -> bool:
+        """Whether it is the result of the whole run."""
+        return self.files.stem == "run"
+
+    @property
+    def iteration(self) -> int:
+        """The one that is read; of the final result the last."""
+        return len(self.about["iterations"]) if self.final else int(self.files.stem.removeprefix("run_it"))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -118,10 +143,12 @@ class RunSummary:
 
     def doubts(self) -> list[str]:
         """What to know before using the result: what the run warned of, and what its figures say."""
-        found = list(self.about.get("warnings", []))
-        if self.about.get("status") != "finished":
+        found = list(self.about.get("warnings", [])) if self.final else []
+        if not self.final and self.about.get("status") == "finished":
+            found.append(f"This is iteration {self.iteration} of {len(self.about['iterations'])}, not the result.")
+        elif self.about.get("status") != "finished":
             found.append(
-                f"The run has not ended: this is iteration {len(self.history)} of at most {self.options['iterations']}."
+                f"The run has not ended: this is iteration {self.iteration} of at most {self.options['iterations']}."
             )
         elif not self.converged:
             last = self.history[-1]
@@ -185,13 +212,8 @@ def read_summary(folder: str | os.PathLike[str], iteration: int | None = None) -
     """
     files = open_run(folder, iteration, unfinished=True)
     about, table = files.about, files.particles
-    try:
-        voxel_size = float(about["input"]["voxel_size"])
-        if not about["iterations"]:
-            raise InputError(f"{files.folder}: found no iteration in run.json, expected at least one")
-        _ = about["resolved"]["mask_radius"], about["start"]["use_poses"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{files.folder / 'run.json'}: found nothing of {error}, expected what a run writes") from None
+    _check_contents(about, files.folder / "run.json")
+    voxel_size = float(about["input"]["voxel_size"])
     maps = np.stack([read_mrc(path)[0] for path in files.maps])
     poses = star_poses(table, voxel_size)
     if poses.classes is None or poses.classes.max() >= len(maps):
@@ -208,6 +230,23 @@ def read_summary(folder: str | os.PathLike[str], iteration: int | None = None) -
     )
 
 
+def _check_contents(about: dict[str, Any], path: Path) -> None:
+    """Refuse a run.json that lacks something, as one that was edited may."""
+    missing = [name for name, kind in EXPECTED.items() if not isinstance(about.get(name), kind)]
+    for name, parts in EXPECTED_WITHIN.items():
+        inner = about.get(name)
+        missing += [f"{name}.{part}" for part in parts if isinstance(inner, dict) and part not in inner]
+    records = about.get("iterations")
+    if records == []:
+        raise InputError(f"{path.parent}: found no iteration in run.json, expected at least one")
+    for number, record in enumerate(records if isinstance(records, list) else [], 1):
+        found = record if isinstance(record, dict) else {}
+        missing += [f"iterations[{number}].{name}" for name in IN_RECORD if name not in found]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(f"{path}: found nothing of {some}, expected what a run writes")
+
+
 def _class_probability(files: RunFiles, n_classes: int) -> Float64 | None:
     path = files.folder / "run_class_posteriors.star"
     if files.stem != "run" or not path.is_file():
@@ -221,6 +260,15 @@ def _read_fsc(folder: Path, n_classes: int) -> list[tuple[int, dict[str, Any]]]:
     for k in range(1, n_classes + 1):
         for name in (f"postprocess_class{k:03d}_fsc.json", "postprocess_fsc.json"):
             if (folder / name).is_file() and (k == 1 or "class" in name):
-                found.append((k, json.loads((folder / name).read_text(encoding="utf-8"))))
+                found.append((k, _fsc_of(folder / name)))
                 break
+    return found
+
+
+def _fsc_of(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = found["levels"]["0.143"]["resolution"], found["levels"]["0.5"], found["shells"]["corrected"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected the FSC a run writes") from None
     return found

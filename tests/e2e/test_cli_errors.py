@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +149,7 @@ def test_another_run_is_not_touched(
     out = tmp_path / "out"
     out.mkdir()
     (out / "run_class001.mrc").write_bytes(b"an average that took a week")
+    (out / "run.json").write_text("{}")
     (out / "notes.txt").write_text("mine")
     before = contents(out)
     arguments = ["average", str(small_star), "-o", str(out), *WEDGE]
@@ -153,6 +158,77 @@ def test_another_run_is_not_touched(
     # --overwrite removes nothing either as long as the new input is not known to be good.
     refused([*arguments, "--overwrite", "--voxel-size", "3"], ["3", "24"])
     assert contents(out) == before
+
+
+def test_files_of_another_program_are_not_touched(
+    small_star: Path, tmp_path: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """RELION gives its files the same names; there is no run.json beside them."""
+    out = tmp_path / "job012"
+    out.mkdir()
+    for name in ("run_it025_data.star", "run_class001.mrc", "run_half1_class001_unfil.mrc", "postprocess.mrc"):
+        (out / name).write_text("precious")
+    before = contents(out)
+    for more in ([], ["--overwrite"], ["--overwrite", "--dry-run"]):
+        refused(
+            ["average", str(small_star), "-o", str(out), *WEDGE, *more], ["4 files", "no run.json", "another program"]
+        )
+    assert contents(out) == before
+
+
+def test_a_run_does_not_replace_its_input(
+    small_star: Path, tmp_path: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    star = out / "run_data.star"
+    star.write_text(small_star.read_text())
+    map_path = out / "run_class001.mrc"
+    write(map_path, box())
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for name in star.name, map_path.name:
+        given = [str(star)] if name == star.name else [str(small_star), "--reference", str(map_path)]
+        cwd = small_star.parent  # image names are relative to here too
+        with contextlib.chdir(cwd):
+            refused(["average", *given, "-o", str(out), *WEDGE, "--overwrite"], [f"would replace its input {name}"])
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_the_output_is_looked_at_before_the_boxes(small_star: Path, tmp_path: Path) -> None:
+    """Not after an hour of reading: here the boxes are bad too."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{}")
+    for path in small_star.parent.rglob("*.mrc"):
+        path.write_bytes(b"")
+    refused(["average", str(small_star), "-o", str(tmp_path / "out"), *WEDGE], ["found another run"])
+    refused(["average", str(small_star), "-o", str(small_star / "out"), *WEDGE], ["a file, expected a folder"])
+    resumed = {"format": 3, "options": {"n_classes": 1, "seed": 4}}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(resumed))
+    for more in ([], ["--dry-run"]):
+        told = ["option seed: found 0, expected 4"]
+        refused(["average", str(small_star), "-o", str(tmp_path / "out"), *WEDGE, "--resume", *more], told)
+
+
+@pytest.mark.parametrize("where", ["input", "output", "both"])
+def test_names_that_are_too_long(where: str, small_star: Path, tmp_path: Path) -> None:
+    long = "n" * 300
+    given = long if where != "output" else str(small_star)
+    refused(["average", given, "-o", str(tmp_path / (long if where != "input" else "out")), *WEDGE], ["too long"])
+    star = small_star.with_name("long.star")
+    star.write_text(small_star.read_text().replace("000001.mrc", f"{long}.mrc"))
+    refused(["average", str(star), "-o", str(tmp_path / "out"), *WEDGE], ["1 of 6 particles does not exist", "line "])
+
+
+def test_a_disk_that_is_full_for_what_is_printed(small_star: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from faml_gpu.cli import main; main()", "average", str(small_star)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / "out"), *WEDGE], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 def test_demo_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:

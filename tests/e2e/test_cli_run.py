@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import mrcfile
@@ -232,6 +233,53 @@ def test_a_step_that_takes_long_is_told_of(
         ("step", "iteration 1", 80, 256.0),
         ("step", "iteration 1", 160, 192.0),
     ]
+
+
+def test_a_log_that_fails_later(
+    small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on, and an error that ends it is not hidden by the log's."""
+    log = tmp_path / "new" / "log.jsonl"
+    opened = Path.open
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == log:
+            raise OSError(28, "No space left on device")
+        return opened(path, *arguments, **options)
+
+    def interrupted() -> None:
+        with cli.Display(3, log) as display, monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full)
+            display._tell("iteration")
+            display.say("still here")
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="No space.*goes on without"), pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["start"]
+    assert capsys.readouterr().out == "still here\n"
+
+
+def test_a_log_cut_off_in_a_line(small_star: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "iter')
+    with cli.Display(3, log):
+        pass
+    first, *lines = log.read_text().splitlines()
+    assert first == '{"event": "iter'
+    assert [json.loads(line)["event"] for line in lines] == ["start", "end"]
+
+
+def test_resume_of_a_run_that_its_file_lets_overwrite(small_star: Path, tmp_path: Path) -> None:
+    (tmp_path / "o.toml").write_text("overwrite = true\n")
+    command = ["average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--config", str(tmp_path / "o.toml")]
+    run(*command)
+    before = (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns
+    for order in ([*command, "--resume"], ["average", "--resume", *command[1:]]):
+        run(*order)
+        assert (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns == before
+    run(*command)
+    assert (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns != before
 
 
 def test_a_log_that_cannot_be_written(small_star: Path, tmp_path: Path) -> None:

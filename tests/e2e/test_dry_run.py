@@ -143,6 +143,9 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
     alone = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, folds=1), n, device="cpu")
     assert alone.full == pytest.approx(0.3 + 0.05 * n)
     assert alone.host < found.host
+    starts = Options(n_classes=2, iterations=5, mask_radius=120.0, starts=4)
+    more = dry_run.forecast(particles, starts, n, device="cpu").total - found.total
+    assert more == pytest.approx(3 * found.first)  # each its first iteration, a quarter of five
     halves = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, halves=True), n, device="cpu")  # fmt: skip  # noqa: E501
     assert halves.total == pytest.approx(2 * found.total)
     assert dry_run.forecast(particles, options, 55, device="cpu").batch == 5  # of a fold

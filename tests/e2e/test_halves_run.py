@@ -147,9 +147,9 @@ def test_files_of_halves_are_a_run_and_go_at_once(small_star: Path, tmp_path: Pa
     out = tmp_path / "out"
     out.mkdir()
     names = ["postprocess_class001_fsc.json", "run_half1_class001_unfil.mrc", "run_it001_half2_class001_checkpoint.npz"]
-    for name in names:
+    for name in [*names, "run.json"]:
         (out / name).write_text("")
-    with pytest.raises(InputError, match=r"found another run \(3 files\)"):
+    with pytest.raises(InputError, match=r"found another run \(4 files\)"):
         faml_gpu.average(small_star, out, **OPTIONS)
 
     def stop(name: str, done: int, total: int) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -116,6 +117,58 @@ def test_report_and_view_of_a_run_still_going_on(finished: Path, tmp_path: Path)
     assert not any(_is_ours(name) for name in ("my_report.html", "report.html.bak", "run_notes.cxc"))
 
 
+def test_report_of_an_iteration(finished: Path, tmp_path: Path) -> None:
+    """What later iterations found is not in it, and the final report stays."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["iterations"][2]["coverage"] = [0.123, 0.123]
+    about["warnings"] = ["something of the end"]
+    (folder / "run.json").write_text(json.dumps(about))
+    before = (folder / "report.html").read_bytes()
+    written = write_report(folder, 2)
+    assert written.name == "run_it002_report.html"
+    assert (folder / "report.html").read_bytes() == before
+    words = " ".join(Page(written).text.split())
+    assert "This is iteration 2 of 3, not the result." in words
+    assert "Iterations 2 of at most 3" in words
+    assert "12.3" not in words
+    assert "something of the end" not in words
+    again = " ".join(Page(write_report(folder)).text.split())
+    assert "12.3" in again
+    assert "something of the end" in again
+
+
+def test_report_of_a_run_gone_on_with(finished: Path, tmp_path: Path) -> None:
+    """Until it ends again the final files are those of the shorter run."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(about | {"status": "running"}))
+    assert read_summary(folder).files.stem == "run_it003"
+    assert write_views(folder)[0].name == "run_it003_classes.png"
+
+
+@pytest.mark.parametrize("where", [".", "", "made"])
+def test_report_into_a_folder(where: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir()
+    done = CliRunner().invoke(app, ["report", str(finished), "-o", where])
+    assert done.exit_code == 2
+    assert "found a folder, expected the name of a file" in done.stderr
+
+
+def test_a_report_that_cannot_be_made_does_not_lose_the_result(
+    small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("faml_gpu.pipeline.write_report", Mock(side_effect=RuntimeError("no fonts")))
+    options = {"tilt_range": (-60, 60), "iterations": 1, "mask_radius": 120, "bandwidth": 6, "candidates": 4}
+    with pytest.warns(UserWarning, match="no report or views were made.*no fonts.*faml-gpu report"):
+        result = faml_gpu.average(small_star, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "run_class001.mrc").exists()
+    assert len(result.history) == 1
+
+
 @pytest.mark.parametrize("command", ["report", "view"])
 def test_what_is_no_run(command: str, tmp_path: Path, finished: Path) -> None:
     def refused(folder: Path, *more: str) -> str:
@@ -137,7 +190,23 @@ def test_what_is_no_run(command: str, tmp_path: Path, finished: Path) -> None:
     assert "found no iteration in run.json" in refused(broken)
     del about["resolved"]
     (broken / "run.json").write_text(json.dumps(about))
-    assert "run.json: found nothing of 'resolved'" in refused(broken)
+    assert "run.json: found nothing of resolved," in refused(broken)
+    about = json.loads((finished / "run.json").read_text())
+    record = {name: value for name, value in about["iterations"][1].items() if name != "r_max"}
+    for change, named in (
+        ({"command": "x"}, "command"),
+        ({"input": {"path": "p"}}, "input.particles, input.box, input.voxel_size"),
+        ({"iterations": [about["iterations"][0], record, 3]}, r"iterations[2].r_max, iterations[3].iteration, iterat"),
+    ):
+        (broken / "run.json").write_text(json.dumps(about | change))
+        assert f"run.json: found nothing of {named}" in refused(broken)
+    (broken / "run.json").write_text(json.dumps(about))
+    (broken / "postprocess_fsc.json").write_text("{")
+    assert "postprocess_fsc.json: cannot be read" in refused(broken)
+    (broken / "postprocess_fsc.json").unlink()
+    table = (broken / "run_data.star").read_text()
+    (broken / "run_data.star").write_text(table.replace("rlnMaxValueProbDistribution", "rlnOther"))
+    assert "run_data.star: no column rlnMaxValueProbDistribution" in refused(broken)
 
 
 def test_a_report_that_cannot_be_written(finished: Path, tmp_path: Path) -> None:

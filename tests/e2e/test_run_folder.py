@@ -213,6 +213,41 @@ def test_resume_notes_what_may_change_digits(change: dict[str, Any], tmp_path: P
         assert folder.begin(facts(**change)) is not None
 
 
+def test_options_that_json_changes(tmp_path: Path) -> None:
+    """A tuple is a list in run.json, NaN is null: the same options all the same."""
+    options = {"helix": (12.0, 30.0), "regularization": float("nan")}
+    with RunFolder(tmp_path) as folder:
+        folder.begin(facts(options=options))
+        folder.write_iteration(checkpoint(1), source())
+    with RunFolder(tmp_path, resume=True) as folder:
+        assert folder.begin(facts(options=options)) is not None
+        with pytest.raises(InputError, match="option helix"):
+            folder.begin(facts(options={**options, "helix": (12.0, 31.0)}))
+
+
+def test_an_overwrite_that_was_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(tmp_path, 2)
+    unlink, left = Path.unlink, 3
+
+    def some(path: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        if path.parent == tmp_path and path.name.startswith("run"):
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, RunFolder(tmp_path, overwrite=True) as folder:
+        patch.setattr(Path, "unlink", some)
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin(facts())
+        patch.undo()
+    assert (tmp_path / "run.json").exists()
+    with RunFolder(tmp_path, overwrite=True) as folder:
+        folder.begin(facts())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_overwrite_removes_only_what_runs_write(tmp_path: Path) -> None:
     run_until(tmp_path, 3)
     foreign = ["notes.txt", "run_notes.txt", "running.json", "run_it001_class001.mrc.bak", "mask.mrc", "run.json~"]

@@ -4,6 +4,7 @@ import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from faml_gpu.config import config_text, read_config
 from faml_gpu.errors import InputError
 from faml_gpu.io.mrc import read_mrc
 
-NAMES = ("tilt_range", "resolution", "iterations", "normalize", "helix")
+NAMES = dict.fromkeys(("tilt_range", "resolution", "iterations", "normalize", "helix"), Any)
 
 
 def test_text_reads_back() -> None:
@@ -80,7 +81,20 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
     assert "found config, which is no option" in config_error("average", "config = 'a'", tmp_path)
     unknown = config_error("average", "o = 'a'", tmp_path)
     assert "found o, which is no option; expected one of band, bandwidth, boxes, candidates, device" in unknown
-    assert "--iterations" in config_error("average", "iterations = 'ten'", tmp_path)
+    for text, told in (
+        ("iterations = 'ten'", 'b.toml: iterations is "ten", expected a whole number'),
+        ("iterations = true", "iterations is true, expected a whole number"),
+        ("iterations = 2.5", "iterations is 2.5, expected a whole number"),
+        ("tilt-range = [1]", "tilt-range is [1], expected [a number, a number]"),
+        ("tilt-range = [1, true]", "tilt-range is [1, true], expected [a number, a number]"),
+        ("symmetry = ['C1']", 'symmetry is ["C1"], expected text in quotes'),
+        ("method = 'best'", 'method is "best", expected one of faml, fa'),
+        ("normalize = 1", "normalize is 1, expected true or false"),
+        ("output = 3", "output is 3, expected text in quotes"),
+        ("particles = ['a']", 'particles is ["a"], expected text in quotes'),
+        ("seed = 2026-11-23", "seed is 2026-11-23, expected a whole number"),
+    ):
+        assert told in config_error("average", text, tmp_path)
 
 
 def config_error(command: str, text: str, folder: Path) -> str:

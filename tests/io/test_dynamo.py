@@ -72,6 +72,17 @@ def test_em_volumes(order: str, kind: int, tmp_path: Path, rng) -> None:
     np.testing.assert_array_equal(read_volume(header), volume)
 
 
+@pytest.mark.parametrize(("machine", "order"), [(0, ">"), (1, "<"), (2, ">"), (5, ">"), (6, "<"), (6, ">"), (3, "<")])
+def test_em_byte_order(machine: int, order: str, tmp_path: Path, rng) -> None:
+    """As the machine code says; where the sizes make sense in the other order only, that."""
+    volume = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    write_em(tmp_path / "a.em", volume, order=order)
+    raw = bytearray((tmp_path / "a.em").read_bytes())
+    raw[0] = machine
+    (tmp_path / "a.em").write_bytes(raw)
+    np.testing.assert_array_equal(read_volume(read_em_header(tmp_path / "a.em")), volume)
+
+
 def test_what_is_no_em_file(tmp_path: Path) -> None:
     path = tmp_path / "a.em"
     with pytest.raises(InputError, match=r"a\.em: cannot be read"):
@@ -115,6 +126,19 @@ def project(small_simulation: Simulation, tmp_path: Path) -> Path:
         rows.append(row(i + 5, small_simulation.shifts[i], angles[i], tomogram=1 + i // 4, class_=1 + i // 3))
     (boxes / "crop.tbl").write_text("\n".join(rows) + "\n")
     return boxes / "crop.tbl"
+
+
+def test_voxel_sizes_of_rows(tmp_path: Path) -> None:
+    """0 and nan say nothing; two sizes are one too many."""
+
+    def stated(*sizes: float) -> float | None:
+        (tmp_path / "t.tbl").write_text("\n".join(row(i, voxel=size) for i, size in enumerate(sizes, 1)) + "\n")
+        return read_dynamo_table(tmp_path / "t.tbl").stated_voxel_size()
+
+    assert stated(6.8, 0, float("nan"), 6.801) == 6.8
+    assert stated(0, 0) is None
+    with pytest.raises(InputError, match=r"t\.tbl: voxel sizes.*5 A in row 3, 6\.8 A in row 1; expected the same"):
+        stated(6.8, 0, 5.0)
 
 
 def test_a_table_is_its_particles(project: Path, small_simulation: Simulation, tmp_path: Path) -> None:

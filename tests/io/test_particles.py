@@ -443,6 +443,38 @@ def test_voxel_size_absent(project, boxes, unset):
         open_particles(project / "sub", **TILTS)
 
 
+def test_two_kinds_of_boxes(project):
+    (project / "sub" / "0001.em").write_bytes(bytes(512))
+    with pytest.raises(InputError, match=r"sub: found 5 \.mrc and 1 \.em files, expected boxes of one kind"):
+        open_particles(project / "sub", tilt_range=(-60, 60))
+
+
+@pytest.mark.parametrize("name", ["a\nb.mrc", "a'b \"c.mrc", "a\udcff.mrc"])
+def test_names_no_star_file_can_hold(project, name):
+    (project / "sub" / "0001.mrc").rename(project / "sub" / name)
+    with pytest.raises(InputError, match=r"sub: 1 of 5 names cannot stand in a STAR file"):
+        open_particles(project / "sub", tilt_range=(-60, 60))
+
+
+def test_tilt_axis_needs_a_tilt_range(project):
+    with pytest.raises(InputError, match=r"--tilt-axis: goes with --tilt-range"):
+        open_particles(project / "in.star", tilt_axis="x")
+
+
+def test_bad_boxes_of_a_stack_are_numbered(project, boxes):
+    bad = boxes.copy()
+    bad[1, 2, 3, 4] = np.nan
+    np.save(project / "all.npy", bad)
+    with pytest.raises(InputError, match=r"1 of 5 boxes cannot be used: 000002@.*all\.npy \(NaN or Inf\)"):
+        open_particles(project / "all.npy", tilt_range=(-60, 60), voxel_size=VOXEL)
+    np.save(project / "all.npy", np.full((2, BOX, BOX, BOX), 1e300))
+    with pytest.raises(InputError, match=r"2 of 2 boxes cannot be used: 000001@"):
+        open_particles(project / "all.npy", tilt_range=(-60, 60), voxel_size=VOXEL)
+    np.save(project / "all.npy", bad[:0])
+    with pytest.raises(InputError, match=r"all\.npy: array of shape \(0, .*n >= 1"):
+        open_particles(project / "all.npy", tilt_range=(-60, 60), voxel_size=VOXEL)
+
+
 def test_glob_without_match(project):
     with pytest.raises(InputError, match=r"x\*\.mrc: no files that match"):
         open_particles(project / "sub/x*.mrc", **TILTS)

@@ -283,3 +283,32 @@ def test_a_value_that_is_no_number_is_named(tmp_path, value):
     table = read_particles_star(write(tmp_path, NEW.replace("-7.000", value)))
     with pytest.raises(InputError, match=r"line 27 \(particle 2\): rlnAngleRot is"):
         table.floats("rlnAngleRot")
+
+
+def test_pairs_beside_the_loop_of_optics(tmp_path):
+    """Each holds for all groups; two loops of different length are no table."""
+    optics = "data_optics\n_rlnImageDimensionality 3\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n1 2.5\n2 2.5\n"
+    particles = "data_particles\nloop_\n_rlnImageName\n_rlnOpticsGroup\na.mrc 1\nb.mrc 2\n"
+    path = tmp_path / "in.star"
+    path.write_text(optics + particles)
+    assert read_particles_star(path).optics_values("rlnImageDimensionality") == {"1": "3", "2": "3"}
+    path.write_text(optics.replace("loop_", "loop_\n_rlnVoltage\n1\n2\n3\nloop_") + particles)
+    with pytest.raises(InputError, match=r"in\.star: loops of different length in data_optics"):
+        read_particles_star(path)
+
+
+def test_other_editors(tmp_path):
+    path = tmp_path / "in.star"
+    text = "data_\nloop_\n_rlnImageName\na.mrc\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_particles_star(path).image_names == ("a.mrc",)
+    path.write_bytes(text.replace("\n", "\r").encode())
+    with pytest.raises(InputError, match=r"in\.star: line ends of an old Mac"):
+        read_particles_star(path)
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    path = tmp_path / "in.star"
+    path.write_text("data_\nloop_\n_rlnImageName\na.mrc\n")
+    with pytest.raises(InputError, match=r"in\.star: no column rlnOther in data_"):
+        read_particles_star(path).floats("rlnOther")
