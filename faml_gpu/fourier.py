@@ -56,6 +56,13 @@ class Support:
         coords, shell, index = (to_device(a, device) for a in (self.coords, self.shell, self.index))
         return replace(self, coords=coords, shell=shell, index=index)
 
+    def within(self, r_max: int) -> Support:
+        """That of fewer shells: its voxels are the first ones of this."""
+        m = int(self.shell_start[r_max + 1])
+        coords, shell, index = self.coords[:m], self.shell[:m], self.index[:m]
+        start = self.shell_start[: r_max + 2]
+        return replace(self, r_max=r_max, coords=coords, shell=shell, shell_start=start, index=index)
+
     def gather(self, spectrum: Array) -> Array:
         """Values (..., M) on the list, from rfftn arrays (..., N, N, N//2 + 1)."""
         return namespace(spectrum).take(spectrum.reshape(*spectrum.shape[:-3], -1), self.index, axis=-1)

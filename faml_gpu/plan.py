@@ -508,7 +508,8 @@ class Band:
             magnitudes = abs(gather(fourier.transform(inside * self.reach)))
         index, unseen = batch.weight_index, None
         if self.unseen is not None:
-            unseen = fast_alignment.unseen_gain(self.support, weights, index, self.precision, self.unseen)
+            low = fast_alignment.screen_band(self.r_max) if self.joint else None
+            unseen = fast_alignment.unseen_gain(self.support, weights, index, self.precision, self.unseen, low)
         return Observation(self.support, gather(spectra), weights, index, batch.weight_ids, magnitudes, unseen)
 
     def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:

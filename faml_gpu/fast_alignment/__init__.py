@@ -13,7 +13,7 @@ from faml_gpu.fast_alignment.align import (
     unseen_gain,
     unseen_harmonics,
 )
-from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference
+from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, screen_band
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
@@ -32,6 +32,7 @@ __all__ = [
     "make_reference",
     "margin",
     "refine",
+    "screen_band",
     "shift_window",
     "single_best",
     "unseen_gain",

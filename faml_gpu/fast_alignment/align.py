@@ -42,11 +42,13 @@ class UnseenGain:
     orientation is expected to gain as much from the unseen part as from the seen (`maximization.wiener_factor`), so
     this is added wherever orientations are compared; to the reported likelihood it is not.
 
-    table (W, 2L, 2L, 2L) on the SO(3) grid for W weights; index (B,): that of each particle.
+    table (W, 2L, 2L, 2L) on the SO(3) grid for W weights; index (B,): that of each particle; low: table of the inner
+    shells, for comparisons by these alone (None: not kept).
     """
 
     table: Array
     index: Array
+    low: Array | None = None
 
     def at(self, rotations: Array) -> Array:
         """(B, n) for rotations (B, n, 3, 3)."""
@@ -146,10 +148,13 @@ def unseen_harmonics(unseen: Array, r_max: int, bandwidth: int) -> Array:
     return sphere.coefficients(xp.ascontiguousarray(values).reshape(r_max, -1))
 
 
-def unseen_gain(support: Support, weights: Array, index: Array, precision: Array, unseen: Array) -> UnseenGain:
-    """Of the weights (W, M) of a batch, from the coefficients `unseen_harmonics`."""
-    harmonics = shell_harmonics(support, unseen.shape[1])
-    return UnseenGain(0.5 * correlate(harmonics.coefficients(weights**2 * precision), unseen), index)
+def unseen_gain(
+    support: Support, weights: Array, index: Array, precision: Array, unseen: Array, low: int | None = None
+) -> UnseenGain:
+    """Of the weights (W, M) of a batch, from the coefficients `unseen_harmonics`; low: shells of the table so named."""
+    harmonics = shell_harmonics(support, unseen.shape[1]).coefficients(weights**2 * precision)
+    inner = None if low is None else 0.5 * correlate(harmonics[:, :low], unseen[:low])
+    return UnseenGain(0.5 * correlate(harmonics, unseen), index, inner)
 
 
 def normalised_scores(

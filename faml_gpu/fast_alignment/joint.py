@@ -5,7 +5,8 @@ c0(R, t) = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA] is one correlati
 sigma^2 |RA|^2 does not depend on t, so the log-posterior c0 - c1^2 / 2 - |t|^2 / (2 zeta^2) is known on a whole grid:
 
 1. at a low band and a coarse grid of shifts, summed over the shifts as they stream by (`log_marginal`);
-2. the equal-volume cells of SO(3) that hold the mass by that are scored from the voxels, over all shifts at once;
+2. the equal-volume cells of SO(3) that hold the mass by that are scored from the voxels, over all shifts at once: up to
+   a band that their width allows, and those that are not far behind at the whole band, near the shifts found;
 3. the most massive of them are split in eight, at finer shifts where those are too coarse, a few times over.
 
 What comes out are (rotation, shift) points of the finest cells with the log of the volume each stands for: with these
@@ -45,6 +46,7 @@ __all__ = [
     "log_marginal",
     "make_joint_reference",
     "quadrature",
+    "screen_band",
     "shift_grid",
 ]
 
@@ -53,6 +55,9 @@ PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to b
 COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels
+SCREEN_R = 12  # band at which they are compared first, and at which shifts: what a cell of the first level can tell
+SCREENED = 1.5  # times that: bands from which on it pays
+SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
 SPLIT = 12  # at most so many of them are split in eight, in each round
 ROUNDS = 3
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
@@ -415,6 +420,27 @@ class _Scorer:
     group: Array  # (g, 3, 3): of the reference
     slack: float  # degrees outside the asymmetric unit up to which there are cells
 
+    def within(self, r_max: int) -> _Scorer:
+        """By the shells up to a radius only, at shifts as far apart as these allow."""
+        o = self.observation
+        support, xp = o.support.within(r_max), namespace(o.spectra)
+        m = len(support)
+        spectra, weights = (xp.ascontiguousarray(x[:, :m]) for x in (o.spectra, o.weights))
+        unseen = o.unseen
+        if unseen is not None and unseen.low is not None:
+            unseen = replace(unseen, table=unseen.low)
+        return replace(
+            self,
+            observation=replace(o, support=support, spectra=spectra, weights=weights, unseen=unseen),
+            weight=xp.ascontiguousarray(self.weight[:, :m]),
+            fine=support.box / (FINE_STEP * r_max),
+        )
+
+    @property
+    def reach(self) -> int:
+        """Points of the lattice to either side that cover all shifts."""
+        return int(np.ceil(self.radius / self.fine))
+
     def _window(self, spacing: float, reach: int) -> ShiftWindow:
         support = self.observation.support
         line = spacing * np.arange(-reach, reach + 1)
@@ -542,13 +568,11 @@ def integrate(
         log_share = _logsumexp(of_chosen + part[chosen]) - _logsumexp(coarse_mass + part)
         log_share -= np.log(len(scorer.group))
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
-        cells = _score_cells(
-            scorer,
-            (xp.full(chosen.shape, level), pixel[chosen], turn[chosen]),
-            worth,
-            xp.zeros((*chosen.shape, 3)),
-            xp.full(chosen.shape, fine),
-        )
+        first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen])
+        centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
+        if screen_band(support.r_max) is not None:
+            worth, centre, reach = _screen(scorer, first, worth)
+        cells = _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, fine), reach)
     with step("joint: refine"):
         for i in range(rounds):
             divided = _divide(cells, i)
@@ -567,11 +591,18 @@ def integrate(
             centre = xp.where(spacing[..., None] < fine, centre, 0)
             centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
             kin = tuple(x.reshape(b, -1) for x in kin)
-            children = _score_cells(scorer, kin, kin_worth, centre, xp.broadcast_to(spacing, kin_worth.shape))
+            spacing = xp.broadcast_to(spacing, kin_worth.shape)
+            reach = xp.where(spacing < fine, min(scorer.reach, LOCAL_REACH), scorer.reach)
+            children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
             rows = xp.arange(b)[:, None]
             cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
             cells = cells.joined(children)
     return _candidates(observation, scorer, cells, log_share, n_candidates)
+
+
+def screen_band(r_max: int) -> int | None:
+    """Band at which cells are compared before they are at r_max; None where that is not done."""
+    return SCREEN_R if r_max >= SCREENED * SCREEN_R else None
 
 
 def _first_level(bandwidth: int) -> int:
@@ -611,8 +642,30 @@ def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
 
 
-def _score_cells(scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre: Array, spacing: Array) -> _Cells:
-    """Cells (B, n), those that are `worth` it scored: at all shifts, or at finer ones about `centre`."""
+def _screen(scorer: _Scorer, which: tuple[Array, ...], worth: Array) -> tuple[Array, Array, Array]:
+    """Which cells (B, n) of the first level are not far behind, judged by the band that their width allows.
+
+    And about which shifts (B, n, 3) the posterior lies by that, and how far to either side of them it reaches (B, n),
+    in steps of the whole band's lattice.
+    """
+    xp = namespace(worth)
+    coarse = scorer.within(SCREEN_R)
+    centre, spacing = xp.zeros((*worth.shape, 3)), xp.full(worth.shape, coarse.fine)
+    cells = _score_cells(coarse, which, worth, centre, spacing, xp.full(worth.shape, coarse.reach))
+    best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
+    worth = worth & (cells.mass > best - (15 + 0.05 * xp.maximum(gain, 0)))
+    narrow = xp.where(worth, cells.spread, 1).max(axis=1, keepdims=True) < 6
+    near = min(scorer.reach, int(np.ceil(SCREEN_STEPS * coarse.fine / scorer.fine)))
+    reach = xp.broadcast_to(xp.where(narrow, near, scorer.reach), worth.shape)
+    # On the points of the lattice that covers all shifts: the sum is that over these, less what is 0.
+    centre = scorer.fine * xp.rint(cells.shift[:, :, 0] / scorer.fine)
+    return worth, xp.where((reach < scorer.reach)[..., None], centre, 0), reach
+
+
+def _score_cells(
+    scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre: Array, spacing: Array, reach: Array
+) -> _Cells:
+    """Cells (B, n), those that are `worth` it scored at (2 reach + 1)^3 shifts `spacing` apart about `centre`."""
     level, pixel, turn = which
     xp = namespace(pixel)
     b, n = pixel.shape
@@ -620,16 +673,13 @@ def _score_cells(scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre
     k = scorer.n_shifts
     shift, value = xp.zeros((b * n, k, 3)), xp.full((b * n, k), -np.inf)
     # One list over all particles: few cells of many particles cost no more. Lattices of one spacing go together.
-    host_worth, host_spacing = to_host(worth), to_host(spacing)
-    for width in np.unique(host_spacing[host_worth]):
-        particle, cell = np.nonzero(host_worth & (host_spacing == width))
+    host_worth, host_spacing, host_reach = to_host(worth), to_host(spacing), to_host(reach)
+    for width, steps in sorted({*zip(host_spacing[host_worth].tolist(), host_reach[host_worth].tolist(), strict=True)}):
+        particle, cell = np.nonzero(host_worth & (host_spacing == width) & (host_reach == steps))
         entry = xp.asarray(particle * n + cell)
         rotations = cell_rotations(*(x.reshape(-1)[entry] for x in which))
         where = centre.reshape(-1, 3)[entry]
-        reach = int(np.ceil(scorer.radius / scorer.fine))
-        if width < scorer.fine:
-            reach = min(reach, LOCAL_REACH)
-        found = scorer.score(xp.asarray(particle), rotations, where, float(width), reach)
+        found = scorer.score(xp.asarray(particle), rotations, where, width, steps)
         mass[entry], shift[entry], value[entry], spread[entry], power[entry] = found
         mass[entry] += _log_share(rotations, scorer.group, scorer.slack)
     mass = mass - np.log(72.0) - level.reshape(-1) * np.log(8.0)

@@ -1,5 +1,7 @@
 """Sampler `joint`: against sums over voxels and every pose tried, and the grids' own laws."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.linalg import expm
@@ -8,7 +10,7 @@ from scipy.special import logsumexp
 from faml_gpu import fourier
 from faml_gpu.array_backend import to_host
 from faml_gpu.expectation import expectation
-from faml_gpu.fast_alignment import Observation, joint
+from faml_gpu.fast_alignment import Observation, UnseenGain, joint
 from faml_gpu.fast_alignment.so3 import grid_angles
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
 
@@ -278,6 +280,55 @@ def test_noise_free_poses_are_found(oracles, gain, degrees):
     assert (candidates.shifts**2).sum(axis=-1).max() <= MAX_SHIFT**2 + 1e-6
 
 
+@pytest.mark.parametrize("gain", [12.0, 60.0, 400.0])
+def test_cells_are_screened_without_loss(oracles, gain, monkeypatch):
+    """By the inner shells first: the same integral and best pose from fewer shifts and cells at the whole band."""
+    case = Case(oracles, gain)
+    work = {}
+    score = joint._Scorer.score
+
+    def counted(self, particle, rotations, centre, spacing, reach):
+        if self.observation.support.r_max == R_MAX:
+            work[joint.SCREEN_R] = work.get(joint.SCREEN_R, 0) + len(particle) * (2 * reach + 1) ** 3
+        return score(self, particle, rotations, centre, spacing, reach)
+
+    monkeypatch.setattr(joint._Scorer, "score", counted)
+    found = {}
+    for screen in (R_MAX, 3):
+        monkeypatch.setattr(joint, "SCREEN_R", screen)
+        candidates, volumes = case.integrate(max_shift=7.0)
+        prior = (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2)
+        best = candidates.gain.argmax(axis=1)
+        found[screen] = logsumexp(candidates.gain - prior + volumes, axis=1), candidates.rotations[range(3), best]
+    np.testing.assert_allclose(found[3][0], found[R_MAX][0], atol=0.01)
+    assert (rotation_angle(found[3][1], found[R_MAX][1]) < 5).all()
+    assert work[3] < 0.9 * work[R_MAX]
+
+
+def test_inner_shells_only(case):
+    """What `within` compares by is the sum over these shells."""
+    observation = replace(case.observation, unseen=UnseenGain(*(np.full((2, 4, 4, 4), x, np.float32) for x in (5, 3))))
+    observation = replace(
+        observation, unseen=UnseenGain(observation.unseen.table, case.index, observation.unseen.index)
+    )
+    weight = case.weights**2 * case.precision
+    group = np.eye(3)[None]
+    scorer = joint._Scorer(observation, case.references[0], weight, MAX_SHIFT, ZETA, 0.8, 1, group, 0.0)
+    inner = scorer.within(3)
+    assert inner.fine == pytest.approx(BOX / (joint.FINE_STEP * 3))
+    assert inner.reach == int(np.ceil(MAX_SHIFT / inner.fine))
+    outside = case.support.shell > 3
+    cut = replace(scorer, weight=np.where(outside, 0, weight).astype(np.float32))
+    arguments = np.arange(3), case.rotations, np.zeros((3, 3)), 0.9, 2
+    mass, shift, value, spread, power = cut.score(*arguments)
+    found = inner.score(*arguments)
+    np.testing.assert_allclose(found[0], mass - 5 + 3, atol=2e-3)
+    np.testing.assert_array_equal(found[1], shift)
+    np.testing.assert_allclose(found[2], value - 5 + 3, atol=2e-3)
+    np.testing.assert_allclose(found[3], spread, rtol=1e-3)
+    np.testing.assert_allclose(found[4], power, rtol=1e-4)
+
+
 def test_chunks_do_not_matter(case, monkeypatch):
     shifts = joint.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references[0], case.precision, shifts, ZETA
@@ -289,9 +340,11 @@ def test_chunks_do_not_matter(case, monkeypatch):
     np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
 
 
-def test_on_a_gpu_the_same(case, emulated_gpu):
+@pytest.mark.parametrize("screen", [R_MAX, 3])
+def test_on_a_gpu_the_same(case, emulated_gpu, screen, monkeypatch):
     import cupy
 
+    monkeypatch.setattr(joint, "SCREEN_R", screen)
     found = case.integrate(n=40)
     o = case.observation
     joint.forget_tables()

@@ -85,6 +85,20 @@ def test_gain_is_the_sum_over_voxels(scene, rng):
     np.testing.assert_array_equal(scene.plain.expected_gain(rotations), np.zeros((3, 40)))
 
 
+def test_gain_of_the_inner_shells(scene, rng):
+    """Kept beside the whole where cells are compared by these first; the shell at the edge counts in part."""
+    harmonics = unseen_harmonics(scene.grid, R_MAX, L)
+    found = unseen_gain(scene.support, scene.weights, scene.index, scene.precision, harmonics, 3)
+    np.testing.assert_array_equal(found.table, scene.gain.table)
+    inner = np.where(scene.support.shell <= 3, scene.weights, 0)
+    expected = unseen_gain(scene.support, inner, scene.index, scene.precision, harmonics)
+    rotations = random_rotations(120, rng).reshape(3, 40, 3, 3)
+    for a, b in zip(UnseenGain(found.low, scene.index).at(rotations), expected.at(rotations), strict=True):
+        assert np.corrcoef(a, b)[0, 1] > 0.97
+        assert abs(a.mean() / b.mean() - 1) < 0.25
+    assert abs(found.low).max() < 0.8 * abs(found.table).max()
+
+
 def test_interpolation_is_exact_on_the_grid_and_close_between(rng):
     beta, angle = grid_angles(L)
 
