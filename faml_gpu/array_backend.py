@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import scipy.fft
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from faml_gpu.errors import InputError
 
@@ -26,6 +28,7 @@ __all__ = [
     "device_of",
     "fft_module",
     "free_memory",
+    "map_threads",
     "namespace",
     "on_host",
     "out_of_memory",
@@ -41,6 +44,8 @@ __all__ = [
 
 Array = Any  # numpy.ndarray or cupy.ndarray; shapes and dtypes are in the docstrings
 Function = TypeVar("Function", bound=Callable[..., Any])
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 # CuPy's pool raises a MemoryError; CUDA's runtime and driver, cuFFT and cuBLAS say it in their own ways.
 _NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
@@ -135,9 +140,14 @@ def free_memory(device: str) -> int:
     return int(cupy.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
 
 
-def working_bytes(array: Array) -> int:
-    """Bytes of intermediate arrays a step should make at a time: little for a CPU's caches, more to fill a GPU."""
-    return 1 << 27 if on_host(array) else min(1 << 29, free_memory(device_of(array)) // 16)
+def working_bytes(array: Array, *, cached: bool = False) -> int:
+    """Bytes of intermediate arrays a step should make at a time, more to fill a GPU than a CPU.
+
+    cached: that go through several short steps, and should stay in a CPU's caches meanwhile.
+    """
+    if on_host(array):
+        return 1 << 24 if cached else 1 << 27
+    return min(1 << 29, free_memory(device_of(array)) // 16)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -176,6 +186,41 @@ def cpu_threads(n: int | None) -> Iterator[int]:
             yield count
     finally:
         numba.set_num_threads(before)
+
+
+def map_threads(work: Callable[[Item], Done], items: Sequence[Item], array: Array) -> list[Done]:
+    """`work` of each item, in order: by the CPU threads of `cpu_threads`, each with one of Numba, BLAS and FFT.
+
+    Small products and short loops gain nothing from several threads each; pieces of the work do. What comes of a piece
+    does not depend on how many run at a time. Inside a piece, and where `array` is on a GPU, one after the other.
+    """
+    count = min(numba.get_num_threads(), len(items))
+    if count < 2 or not on_host(array) or not _numba_is_threadsafe():
+        return [work(item) for item in items]
+    with _libraries().limit(limits=1), ThreadPoolExecutor(count, initializer=partial(numba.set_num_threads, 1)) as pool:
+        return list(pool.map(work, items))
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> ThreadpoolController:
+    """The BLAS libraries that are loaded: to look for them takes longer than a small batch."""
+    return ThreadpoolController()
+
+
+@lru_cache(maxsize=1)
+def _numba_is_threadsafe() -> bool:
+    """Whether Numba's loops may be called from several threads: not where it has neither OpenMP nor TBB."""
+    try:
+        _nothing(np.zeros(1))
+        return numba.threading_layer() in ("omp", "tbb")  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _nothing(x: Any) -> None:
+    for i in numba.prange(len(x)):
+        x[i] = 0
 
 
 @contextmanager

@@ -8,6 +8,7 @@ sum over the list. r_max <= ceil(N/2) - 1 keeps the Nyquist planes, which have n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -111,8 +112,9 @@ def full_band(box: int) -> int:
     return (box + 1) // 2 - 1
 
 
+@lru_cache(maxsize=4)
 def make_support(box: int, r_max: int) -> Support:
-    """The active support of a box of N voxels.
+    """The active support of a box of N voxels; kept, so its arrays are not to be written to.
 
     Raises
     ------

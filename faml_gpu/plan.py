@@ -17,7 +17,9 @@ from faml_gpu.array_backend import (
     Array,
     device_of,
     free_memory,
+    map_threads,
     namespace,
+    on_host,
     out_of_memory,
     release_memory,
     step,
@@ -529,20 +531,30 @@ class Band:
 
     def integrate(self, observation: Observation, references: list[Reference]) -> tuple[list[Candidates], list[Array]]:
         """Steps 1 and 2 in one: the pose integral against each class as weighted poses."""
-        found = [
-            fast_alignment.integrate(
-                observation,
-                r,
+
+        def work(case: tuple[JointReference, Observation]) -> tuple[Candidates, Array]:
+            reference, some = case
+            return fast_alignment.integrate(
+                some,
+                reference,
                 self.precision,
                 max_shift=self.plan.max_shift,
                 zeta=self.state.zeta,
                 n_candidates=self.plan.options.candidates,
                 symmetry=self.symmetry,
             )
-            for r in references
-            if isinstance(r, JointReference)
-        ]
-        return [candidates for candidates, _ in found], [log_volumes for _, log_volumes in found]
+
+        # On the CPU particle by particle: short lists stay in its caches, and its threads have something to share.
+        pieces = [observation]
+        if on_host(observation.spectra):
+            pieces = [observation.alone(i) for i in range(len(observation.spectra))]
+        cases = [(r, piece) for r in references if isinstance(r, JointReference) for piece in pieces]
+        fast_alignment.make_tables(self.support, cases[0][0], self.symmetry)
+        found = map_threads(work, cases, observation.spectra)
+        of_class = [found[i : i + len(pieces)] for i in range(0, len(found), len(pieces))]
+        candidates = [Candidates.joined([c for c, _ in parts]) for parts in of_class]
+        xp = namespace(observation.spectra)
+        return candidates, [xp.concatenate([v for _, v in parts]) for parts in of_class]
 
     def refine(
         self,

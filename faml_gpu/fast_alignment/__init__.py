@@ -13,7 +13,7 @@ from faml_gpu.fast_alignment.align import (
     unseen_gain,
     unseen_harmonics,
 )
-from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, screen_band
+from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, make_tables, screen_band
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
@@ -30,6 +30,7 @@ __all__ = [
     "integrate",
     "make_joint_reference",
     "make_reference",
+    "make_tables",
     "margin",
     "refine",
     "screen_band",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, namespace, step, to_host
+from faml_gpu.array_backend import Array, device_of, map_threads, namespace, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
@@ -74,6 +75,16 @@ class Observation:
     magnitudes: Array | None = None
     unseen: UnseenGain | None = None
 
+    def alone(self, i: int) -> Observation:
+        """One particle of the batch, with its weight; no copies, on the host."""
+        w = int(self.weight_index[i])
+        index, unseen = np.zeros(1, np.int64), self.unseen
+        if unseen is not None:
+            unseen = UnseenGain(unseen.table[w : w + 1], index, None if unseen.low is None else unseen.low[w : w + 1])
+        magnitudes = None if self.magnitudes is None else self.magnitudes[i : i + 1]
+        spectra, weights = self.spectra[i : i + 1], self.weights[w : w + 1]
+        return Observation(self.support, spectra, weights, index, self.weight_ids[w : w + 1], magnitudes, unseen)
+
     def expected_gain(self, rotations: Array) -> Array:
         """(B, n) of what is unseen, for rotations (B, n, 3, 3)."""
         if self.unseen is None:
@@ -110,6 +121,19 @@ class Candidates:
     correlation: Array
     count: Array
     gain: Array | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Those of several batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        xp = namespace(parts[0].rotations)
+        rotations, shifts, correlation, count = (
+            xp.concatenate([getattr(p, name) for p in parts])
+            for name in ("rotations", "shifts", "correlation", "count")
+        )
+        gain = None if parts[0].gain is None else xp.concatenate([p.gain for p in parts])
+        return cls(rotations, shifts, correlation, count, gain)
 
     def known_gain(self) -> Array:
         """`gain`, a copy: inf where it is not known, -inf where there is no candidate."""
@@ -275,7 +299,8 @@ def _best_shifts(
     shifts, correlation, gain = xp.zeros((b * n, 3)), xp.zeros(b * n), xp.zeros(b * n)
     # One list over all particles, in pieces that fill the device: few candidates of many particles cost no more.
     listed = np.nonzero(np.arange(n) < to_host(count)[:, None])
-    for first in range(0, len(listed[0]), window.at_once):
+
+    def some(first: int) -> None:
         particle, pose = (xp.asarray(index[first : first + window.at_once]) for index in listed)
         rotated = ops.rotate(reference.grid, rotations[particle, pose], observation.support.coords, reference.padding)
         entry = particle * n + pose
@@ -283,6 +308,8 @@ def _best_shifts(
         power = 2 * (weight[particle] * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
         correlation[entry] = cross / xp.sqrt(xp.maximum(power * own[particle], np.finfo(np.float64).tiny))
         gain[entry] = cross - 0.5 * power
+
+    map_threads(some, range(0, len(listed[0]), window.at_once), weighted)
     return shifts.reshape(b, n, 3), correlation.reshape(b, n), gain.reshape(b, n)
 
 

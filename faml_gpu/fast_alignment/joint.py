@@ -22,7 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, fft_module, namespace, step, to_device, to_host, working_bytes
+from faml_gpu.array_backend import (
+    Array,
+    device_of,
+    fft_module,
+    map_threads,
+    namespace,
+    step,
+    to_device,
+    to_host,
+    working_bytes,
+)
 from faml_gpu.fast_alignment.align import (
     Candidates,
     Observation,
@@ -45,6 +55,7 @@ __all__ = [
     "integrate",
     "log_marginal",
     "make_joint_reference",
+    "make_tables",
     "quadrature",
     "screen_band",
     "shift_grid",
@@ -168,6 +179,14 @@ def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
     for cached in (_phase_harmonics, _d_table, _first_cells):
         cached.cache_clear()
+
+
+def make_tables(support: Support, reference: JointReference, symmetry: str) -> None:
+    """The tables that `integrate` keeps, made before several threads at once find that there are none."""
+    device, bandwidth = device_of(reference.phases), reference.bandwidth
+    _phase_harmonics(support.box, support.r_max, reference.coarse_r, bandwidth, device)
+    _d_table(bandwidth, device)
+    _first_cells(bandwidth, _first_level(bandwidth), symmetry, device)
 
 
 def make_joint_reference(
@@ -461,7 +480,8 @@ class _Scorer:
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
         crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
         at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 3 * t**3 + 3 * len(o.support))))
-        for first in range(0, n, at_once):
+
+        def some(first: int) -> None:
             part = slice(first, first + at_once)
             rotated = ops.rotate(self.reference.grid, rotations[part], o.support.coords, self.reference.padding)
             weight = self.weight[o.weight_index[particle[part]]]
@@ -471,24 +491,25 @@ class _Scorer:
                 worth += interpolate(o.unseen.table, o.unseen.index[particle[part]], rotations[part])
             cross = weight * o.spectra[particle[part]] * rotated.conj()
             cross *= _shift_phases(o.support, centre[part])
-            place = line[:, None, None] + centre[part].T  # (t, 3, n)
-            squared = place**2
-            squared = squared[:, None, None, 0] + squared[None, :, None, 1] + squared[None, None, :, 2]
+            x, y, z = ((centre[part, axis, None] + line) ** 2 for axis in range(3))  # (n, t)
+            squared = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
             log_p = window.correlate(cross) - (squared / (2 * self.zeta**2)).astype(np.float32)
-            log_p = xp.where(squared <= self.radius**2, log_p, -np.inf).reshape(t**3, -1)
-            top = log_p.max(axis=0)
-            e = xp.exp(log_p - top)
-            total = e.sum(axis=0, dtype=np.float64)
+            log_p = xp.where(squared <= self.radius**2, log_p, np.float32(-np.inf)).reshape(-1, t**3)
+            top = log_p.max(axis=1)
+            e = xp.exp(log_p - top[:, None])
+            total = e.sum(axis=1, dtype=np.float64)
             mass[part] = top + xp.log(total) + 3 * np.log(spacing) + worth
             powers[part] = power
-            spread[part] = total**2 / (e * e).sum(axis=0, dtype=np.float64)
-            column = xp.arange(log_p.shape[1])
+            spread[part] = total**2 / (e * e).sum(axis=1, dtype=np.float64)
+            row = xp.arange(len(log_p))
             for k in range(self.n_shifts):
-                best = log_p.argmax(axis=0)
+                best = log_p.argmax(axis=1)
                 index = xp.stack([best // (t * t), best // t % t, best % t], axis=1)
                 shift[part, k] = line[index] + centre[part]
-                value[part, k] = log_p[best, column] + worth
-                log_p[best, column] = -np.inf
+                value[part, k] = log_p[row, best] + worth
+                log_p[row, best] = -np.inf
+
+        map_threads(some, range(0, n, at_once), particle)
         return mass, shift, value, spread, powers
 
 

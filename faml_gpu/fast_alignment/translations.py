@@ -29,22 +29,22 @@ class ShiftWindow:
     def at_once(self) -> int:
         """How many cross spectra to work on at a time, by the size of their dense crops."""
         r = self.support.r_max
-        return max(1, working_bytes(self.matrix) // (8 * (2 * r + 1) ** 2 * (r + 1)))
+        return max(1, working_bytes(self.matrix, cached=True) // (8 * (2 * r + 1) ** 2 * (r + 1)))
 
     def correlate(self, cross: Array) -> Array:
-        """c(t) = sum over S of C(xi) exp(2 pi i xi.t / N) for C (n, M): (T, T, T, n) float32, axes [x, y, z, n].
+        """c(t) = sum over S of C(xi) exp(2 pi i xi.t / N) for C (n, M): (n, T, T, T) float32, axes [n, x, y, z].
 
-        With n as the last axis each product is one large GEMM or a few of them.
+        The first product, which is most of the work, is one large GEMM however few functions there are.
         """
         xp = namespace(cross)
         r, d, n = self.support.r_max, 2 * self.support.r_max + 1, len(cross)
-        dense = xp.zeros(((r + 1) * d * d, n), np.complex64)
-        dense[self.place] = cross.T
+        dense = xp.zeros((n, (r + 1) * d * d), np.complex64)
+        dense[:, self.place] = cross
         t = len(self.matrix)
-        out = self.matrix[:, r:] @ dense.reshape(r + 1, d * d * n)
-        out = self.matrix @ out.reshape(t, d, d * n)
-        out = self.matrix @ out.reshape(t * t, d, n)
-        return 2 * out.real.reshape(t, t, t, n)
+        out = dense.reshape(n * (r + 1) * d, d) @ self.matrix.T
+        out = self.matrix @ out.reshape(n * (r + 1), d, t)
+        out = self.matrix[:, r:] @ out.reshape(n, r + 1, t * t)
+        return 2 * out.real.reshape(n, t, t, t)
 
     def best(self, cross: Array) -> tuple[Array, Array]:
         """Shifts (n, 3) float64 in voxels (x, y, z) and the correlation (n,) at each maximum.
@@ -57,16 +57,16 @@ class ShiftWindow:
         shifts, values = xp.zeros((n, 3)), xp.zeros(n)
         for start in range(0, n, chunk):
             c = self.correlate(cross[start : start + chunk])
-            column = xp.arange(c.shape[3])
-            top = xp.where(self.inside[..., None], c, -np.inf).reshape(t**3, -1).argmax(axis=0)
+            row = xp.arange(len(c))
+            top = xp.where(self.inside, c, -np.inf).reshape(-1, t**3).argmax(axis=1)
             index = xp.stack([top // (t * t), top // t % t, top % t])  # x, y, z
-            peak = c[(*index, column)].astype(np.float64)
+            peak = c[(row, *index)].astype(np.float64)
             values[start : start + chunk] = peak
             for axis in range(3):
                 step = xp.zeros((3, 1), np.int64)
                 step[axis] = 1
-                low = c[(*xp.maximum(index - step, 0), column)]
-                high = c[(*xp.minimum(index + step, t - 1), column)]
+                low = c[(row, *xp.maximum(index - step, 0))]
+                high = c[(row, *xp.minimum(index + step, t - 1))]
                 curvature = low + high - 2 * peak
                 usable = (index[axis] > 0) & (index[axis] < t - 1) & (curvature < 0)
                 offset = xp.where(usable, 0.5 * (low - high) / xp.where(usable, curvature, 1), 0)

@@ -188,7 +188,7 @@ def _phase_tables(rotations: Array, shifts: Array, support: Support, dtype: Any)
     return xp.exp(2j * np.pi / support.box * turned[:, :, None] * k).astype(dtype)
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
 def _accumulate_loop(
     grids: Any,
     weight_grids: Any,

@@ -112,7 +112,7 @@ def _assign_cuda(
     return out
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _assign_loop(points: Any, units: Any, rotations: Any, shifts: Any, count: Any, weight: float, out: Any) -> None:
     for b in numba.prange(rotations.shape[0]):
         if count[b] == 0:

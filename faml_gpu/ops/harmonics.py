@@ -72,7 +72,7 @@ def _harmonics_cuda(points: Array, bandwidth: int, step: int) -> Array:
     return table
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _harmonics_loop(points: Any, factors: Any, step: int, table: Any) -> None:
     bandwidth = factors.shape[0]
     for j in numba.prange(points.shape[0]):

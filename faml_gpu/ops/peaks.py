@@ -152,7 +152,7 @@ def _rotation(alpha: float, beta: float, gamma: float, out: Any) -> None:
     out[6], out[7], out[8] = -sb * cc, sb * sc, cb
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count: Any) -> None:
     nb, na = scores.shape[1], scores.shape[3]
     n = angles.shape[1]

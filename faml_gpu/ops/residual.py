@@ -136,7 +136,7 @@ def _residual_cuda(
     return out
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
 def _residual_loop(
     grid: Any,
     spectra: Any,

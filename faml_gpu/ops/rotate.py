@@ -57,7 +57,7 @@ def _rotate_cuda(grid: Array, rotations: Array, coords: Array, padding: int) -> 
     return out
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
 def _rotate_loop(grid: Any, rotations: Any, coords: Any, out: Any) -> None:
     c = grid.shape[2] - 1
     blocks = 8  # so that few rotations still fill the threads

@@ -94,7 +94,7 @@ def test_another_seed_differs(particles: ArrayParticles, result: Result) -> None
     assert np.linalg.norm(other.maps - result.maps) > MAPS * np.linalg.norm(result.maps)
 
 
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core: nothing to compare")
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread here: run by tests/math/test_threads.py")
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_threads_change_nothing_beyond_rounding(particles: ArrayParticles, result: Result, preset: str) -> None:
     one = result if preset == "default" else classify(particles, preset=preset)
