@@ -30,7 +30,7 @@ import numpy as np
 
 from faml_gpu import faml
 from faml_gpu.array_backend import cpu_threads, use_device
-from faml_gpu.device_info import choose_device, machine
+from faml_gpu.device_info import choose_device, cuda_info, machine
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.options import Options
@@ -135,6 +135,8 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     if args.json is not None:
         about = {key: value for key, value in machine().items() if key != "executable"}
+        if any(row["device"] != "cpu" for row in rows):
+            about |= cuda_info()
         content = {
             "benchmark": "end_to_end",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

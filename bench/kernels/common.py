@@ -24,7 +24,7 @@ from scipy.ndimage import map_coordinates
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import cpu_threads, namespace, synchronize, to_device, to_host, use_device
-from faml_gpu.device_info import choose_device, machine
+from faml_gpu.device_info import choose_device, cuda_info, machine
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.ops._trilinear import sample_complex
 
@@ -164,6 +164,8 @@ class Report:
 
     def content(self) -> dict[str, Any]:
         about = {key: value for key, value in machine().items() if key != "executable"}
+        if self.setting.device != "cpu":
+            about |= cuda_info()
         return {
             "benchmark": self.name,
             "device": self.setting.device,

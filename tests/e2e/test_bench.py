@@ -32,7 +32,7 @@ def test_every_operation_has_a_benchmark() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kernel(operation: str, tmp_path: Path) -> None:
+def test_kernel(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results.json"
     words = ("--quick", "--device", "cpu", "--threads", 1, "--repeats", 1, "--json", results)
     said = bench(f"kernels/{operation}.py", *words)
@@ -45,6 +45,9 @@ def test_kernel(operation: str, tmp_path: Path) -> None:
     assert row["seconds"] > 0
     assert row["of_copy"] == pytest.approx(row["gb_s"] / content["copy_gb_s"])
     assert row["of_gemm"] == pytest.approx(row["gflop_s"] / content["gemm_gflop_s"])
+    monkeypatch.syspath_prepend(str(BENCH))
+    table = importlib.import_module("table").kernel(content)
+    assert len([line for line in table if line.startswith("|")]) == 2 + len(content["rows"])
     assert ("times_gathers" in row) == (operation in ("rotate", "residual", "accumulate"))
 
 
@@ -74,7 +77,8 @@ def test_what_is_wrong_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPa
         sys.modules.pop(name, None)
 
 
-def test_end_to_end_and_comparison(tmp_path: Path) -> None:
+def test_end_to_end_and_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     said = bench(
         "end_to_end.py", "--particles", 3, "--boxes", 24, "--sampler", "magnitude", "joint", "--threads", 1,
@@ -92,4 +96,6 @@ def test_end_to_end_and_comparison(tmp_path: Path) -> None:
     assert said.count("SLOWER") == 1
     assert "sampler magnitude" in said.splitlines()[0]
     bench("compare.py", before, after, "--limit", 1.6)
+    table = "\n".join(importlib.import_module("table").whole("before", json.loads(before.read_text(encoding="utf-8"))))
+    assert table.count("| 3 | 24 | 1 | default |") == 2
     bench("compare.py", after, before)
