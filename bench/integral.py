@@ -66,8 +66,9 @@ def grid(band: Band, observation: Observation, references: list[Reference], n: i
     found: list[Candidates] = []
     volumes = []
     for r in references:
-        c, v = joint.integrate(
-            observation, joint.make_joint_reference(r.grid, r.padding, band.r_max, r.bandwidth), band.precision,
+        reference = joint.make_joint_reference(r.grid, r.padding, band.r_max, r.bandwidth)
+        [(c, v)] = joint.integrate(
+            observation, [reference], band.precision,
             max_shift=band.plan.max_shift, zeta=band.state.zeta, n_candidates=n, n_shifts=n_shifts,
             rounds=rounds,
         )  # fmt: skip

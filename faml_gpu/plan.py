@@ -532,11 +532,12 @@ class Band:
     def integrate(self, observation: Observation, references: list[Reference]) -> tuple[list[Candidates], list[Array]]:
         """Steps 1 and 2 in one: the pose integral against each class as weighted poses."""
 
-        def work(case: tuple[JointReference, Observation]) -> tuple[Candidates, Array]:
-            reference, some = case
+        joint = [r for r in references if isinstance(r, JointReference)]
+
+        def work(some: Observation) -> list[tuple[Candidates, Array]]:
             return fast_alignment.integrate(
                 some,
-                reference,
+                joint,
                 self.precision,
                 max_shift=self.plan.max_shift,
                 zeta=self.state.zeta,
@@ -548,10 +549,8 @@ class Band:
         pieces = [observation]
         if on_host(observation.spectra):
             pieces = [observation.alone(i) for i in range(len(observation.spectra))]
-        cases = [(r, piece) for r in references if isinstance(r, JointReference) for piece in pieces]
-        fast_alignment.make_tables(self.support, cases[0][0], self.symmetry)
-        found = map_threads(work, cases, observation.spectra)
-        of_class = [found[i : i + len(pieces)] for i in range(0, len(found), len(pieces))]
+        fast_alignment.make_tables(self.support, joint[0], self.symmetry)
+        of_class = list(zip(*map_threads(work, pieces, observation.spectra), strict=True))
         candidates = [Candidates.joined([c for c, _ in parts]) for parts in of_class]
         xp = namespace(observation.spectra)
         return candidates, [xp.concatenate([v for _, v in parts]) for parts in of_class]

@@ -15,6 +15,7 @@ in place of the Voronoi shares, the log-sum-exp of `expectation` is the integral
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -526,7 +527,7 @@ def _shift_phases(support: Support, shifts: Array) -> Array:
 
 def integrate(
     observation: Observation,
-    reference: JointReference,
+    references: Sequence[JointReference],
     precision: Array,
     *,
     max_shift: float,
@@ -535,14 +536,18 @@ def integrate(
     n_shifts: int = 1,
     rounds: int = ROUNDS,
     symmetry: str = "C1",
-) -> tuple[Candidates, Array]:
-    """The posterior over rotations and shifts as weighted poses.
+) -> list[tuple[Candidates, Array]]:
+    """The posterior over rotations and shifts as weighted poses, against each of K classes.
+
+    A class whose best cell is too far behind that of another for finer cells to make up for it is not looked at more
+    closely for that particle.
 
     Parameters
     ----------
     observation : Observation
         B particles.
-    reference : JointReference
+    references : K of JointReference
+        Of one bandwidth.
     precision : (M,) float32
         1 / sigma^2 of each voxel's shell.
     max_shift : float, voxels
@@ -555,10 +560,12 @@ def integrate(
     rounds : int
         How often cells are split.
     symmetry : str
-        Point group that the reference has: poses are looked for in its asymmetric unit, each stands for its copies.
+        Point group that the references have: poses are looked for in its asymmetric unit, each stands for its copies.
 
     Returns
     -------
+    For each class:
+
     candidates : Candidates
         Most massive first.
     log_volumes : (B, n) float64
@@ -567,22 +574,39 @@ def integrate(
         integral.
     """
     xp = namespace(observation.spectra)
-    support, device = observation.support, device_of(observation.spectra)
-    b = len(observation.spectra)
-    radius = min(max_shift, REACH * zeta)
+    radius, support = min(max_shift, REACH * zeta), observation.support
+    fine, slack = support.box / (FINE_STEP * support.r_max), cell_width(_first_level(references[0].bandwidth))
+    group, squared = xp.asarray(point_group(symmetry)), observation.weights**2 * precision
+    scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
+    first = [_search(scorer, precision, symmetry) for scorer in scorers]
+    best = xp.stack([cells.mass.max(axis=1) for cells, _ in first])  # (K, B)
+    gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells, _ in first]).max(axis=0)
+    hopeful = best > best.max(axis=0) - _tolerance(gain, 0)
+    found = []
+    for scorer, (cells, log_share), close in zip(scorers, first, hopeful, strict=True):
+        with step("joint: refine"):
+            cells = _refined(scorer, cells, close, rounds)
+        found.append(_candidates(observation, scorer, cells, log_share, n_candidates))
+    return found
+
+
+def _search(scorer: _Scorer, precision: Array, symmetry: str) -> tuple[_Cells, Array]:
+    """The cells of the first level that hold the mass, scored, and the log of how much of it they hold (B,)."""
+    observation, reference = scorer.observation, scorer.reference
+    xp = namespace(observation.spectra)
+    support, b = observation.support, len(observation.spectra)
     coarse = support.box / (COARSE_STEP * reference.coarse_r)
     with step("joint: all rotations"):
-        marginal = log_marginal(observation, reference, precision, shift_grid(radius, coarse), zeta)
+        shifts = shift_grid(scorer.radius, coarse)
+        marginal = log_marginal(observation, reference, precision, shifts, scorer.zeta)
     with step("joint: cells"):
         level = _first_level(reference.bandwidth)
-        pixel, turn, part, places, weights = _first_cells(reference.bandwidth, level, symmetry, device)
+        pixel, turn, part, places, weights = _first_cells(
+            reference.bandwidth, level, symmetry, device_of(observation.spectra)
+        )
         flat = marginal.reshape(-1, b)
         coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
         n_first = min(SELECTED, coarse_mass.shape[1])
-        fine = support.box / (FINE_STEP * support.r_max)
-        group, slack = xp.asarray(point_group(symmetry)), cell_width(level)
-        squared = observation.weights**2 * precision
-        scorer = _Scorer(observation, reference, squared, radius, zeta, fine, n_shifts, group, slack)
         chosen = xp.argpartition(-coarse_mass, n_first - 1, axis=1)[:, :n_first]
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
         # How much of the mass these cells hold, as far as harmonics tell, in each of the symmetric copies.
@@ -593,32 +617,35 @@ def integrate(
         centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
         if screen_band(support.r_max) is not None:
             worth, centre, reach = _screen(scorer, first, worth)
-        cells = _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, fine), reach)
-    with step("joint: refine"):
-        for i in range(rounds):
-            divided = _divide(cells, i)
-            if not bool(divided[1].any()):
-                break
-            parents, worth = divided
-            # Shifts on a lattice too coarse for their posterior: half its spacing, about the best.
-            best = cells.mass.argmax(axis=1)[:, None]
-            narrow = xp.take_along_axis(cells.spread, best, axis=1) < 6
-            spacing = xp.take_along_axis(cells.spacing, best, axis=1) * xp.where(narrow, 0.5, 1.0)
-            kin = cell_children(
-                *(xp.take_along_axis(x, parents, axis=1) for x in (cells.level, cells.pixel, cells.turn))
-            )
-            kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
-            centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
-            centre = xp.where(spacing[..., None] < fine, centre, 0)
-            centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
-            kin = tuple(x.reshape(b, -1) for x in kin)
-            spacing = xp.broadcast_to(spacing, kin_worth.shape)
-            reach = xp.where(spacing < fine, min(scorer.reach, LOCAL_REACH), scorer.reach)
-            children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
-            rows = xp.arange(b)[:, None]
-            cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
-            cells = cells.joined(children)
-    return _candidates(observation, scorer, cells, log_share, n_candidates)
+        return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach), log_share
+
+
+def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cells:
+    """The most massive cells split, a few times over, of the particles (B,) that are worth it."""
+    xp = namespace(cells.mass)
+    b = len(cells.mass)
+    for i in range(rounds):
+        parents, worth = _divide(cells, i)
+        worth &= close[:, None]
+        if not bool(worth.any()):
+            break
+        # Shifts on a lattice too coarse for their posterior: half its spacing, about the best.
+        best = cells.mass.argmax(axis=1)[:, None]
+        narrow = xp.take_along_axis(cells.spread, best, axis=1) < 6
+        spacing = xp.take_along_axis(cells.spacing, best, axis=1) * xp.where(narrow, 0.5, 1.0)
+        kin = cell_children(*(xp.take_along_axis(x, parents, axis=1) for x in (cells.level, cells.pixel, cells.turn)))
+        kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
+        centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
+        centre = xp.where(spacing[..., None] < scorer.fine, centre, 0)
+        centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
+        kin = tuple(x.reshape(b, -1) for x in kin)
+        spacing = xp.broadcast_to(spacing, kin_worth.shape)
+        reach = xp.where(spacing < scorer.fine, min(scorer.reach, LOCAL_REACH), scorer.reach)
+        children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
+        rows = xp.arange(b)[:, None]
+        cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
+        cells = cells.joined(children)
+    return cells
 
 
 def screen_band(r_max: int) -> int | None:

@@ -62,7 +62,7 @@ class Case:
 
     def integrate(self, k=0, n=400, **options):
         options = {"max_shift": MAX_SHIFT, "zeta": ZETA, "n_candidates": n} | options
-        return joint.integrate(self.observation, self.references[k], self.precision, **options)
+        return joint.integrate(self.observation, [self.references[k]], self.precision, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,44 @@ def test_integral_and_class_posterior_against_every_pose(case):
     np.testing.assert_allclose(posterior.class_probability, expected, atol=0.01)
 
 
+def together(case, particles=slice(None)):
+    observation = case.observation
+    if particles != slice(None):
+        observation = replace(observation, spectra=observation.spectra[particles], weight_index=case.index[particles])
+    return joint.integrate(
+        observation, case.references, case.precision, max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=400
+    )
+
+
+def assert_alike(found, alone):
+    for a, b in zip((*vars(found[0]).values(), found[1]), (*vars(alone[0]).values(), alone[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("gain", [12.0, 22.0])
+def test_classes_that_are_close_are_each_looked_at_in_full(oracles, gain):
+    case = Case(oracles, gain)
+    for k, found in enumerate(together(case)):
+        assert_alike(found, case.integrate(k))
+
+
+def test_a_class_that_is_far_behind_is_not_refined(oracles):
+    """Each particle is shown the classes in both orders: it is the wrong class that stays coarse, whichever it is."""
+    case = Case(oracles, 300.0)
+    alone = [case.integrate(k) for k in range(2)]
+    case.references.reverse()
+    second, first = together(case)
+    case.references.reverse()
+    assert_alike(first, alone[0])
+    assert_alike(together(case)[0], alone[0])
+    evidence = [logsumexp(c.gain + v - (c.shifts**2).sum(axis=-1) / (2 * ZETA**2), axis=1) for c, v in (first, second)]
+    refined = logsumexp(alone[1][0].gain + alone[1][1] - (alone[1][0].shifts ** 2).sum(axis=-1) / (2 * ZETA**2), axis=1)
+    # It would have been no use: even refined it is nowhere near.
+    assert (refined > evidence[1] + 1).any()
+    assert (evidence[0] > refined + 20).all()
+    assert (evidence[0] > evidence[1] + 20).all()
+
+
 def test_gain_is_the_residuals(case):
     candidates, _ = case.integrate(0, n=50)
     for b in range(3):
@@ -353,8 +391,8 @@ def test_on_a_gpu_the_same(case, emulated_gpu, screen, monkeypatch):
             case.support.to("cuda:0"), *(cupy.asarray(x) for x in (o.spectra, o.weights, o.weight_index)), o.weight_ids
         )
         reference = joint.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
-        candidates, volumes = joint.integrate(
-            on_gpu, reference, cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
+        [(candidates, volumes)] = joint.integrate(
+            on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
         )
     finally:
         joint.forget_tables()

@@ -60,9 +60,9 @@ class Case:
     def integrate(self, symmetry, n=400):
         reference = joint.make_joint_reference(self.grid, 3, R_MAX, L)
         return joint.integrate(
-            self.observation, reference, self.precision, max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=n,
+            self.observation, [reference], self.precision, max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=n,
             symmetry=symmetry,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
 
 def evidence(candidates, volumes):

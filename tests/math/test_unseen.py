@@ -351,8 +351,8 @@ def test_joint_counts_it_at_every_stage(scene):
         error = (found - without)[..., i][some] - expected
         assert error.std() < 0.12 * expected.std()
     observation = replace(scene.observation, unseen=UnseenGain(scene.gain.table / 5, scene.index))
-    candidates, volumes = joint.integrate(
-        observation, reference, scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300
+    [(candidates, volumes)] = joint.integrate(
+        observation, [reference], scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300
     )
     for i in range(3):
         n = candidates.count[i]
@@ -367,7 +367,7 @@ def test_joint_counts_it_at_every_stage(scene):
     for i in range(3):
         n = some.count[i]
         np.testing.assert_allclose(candidates.gain[i, :n], alone.gain[i, :n], atol=0.01)
-    bare, _ = joint.integrate(scene.plain, plain, scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300)
+    [(bare, _)] = joint.integrate(scene.plain, [plain], scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300)
     before = observation.expected_gain(bare.rotations)[:, 0]
     assert (observation.expected_gain(candidates.rotations)[:, 0] >= before).all()
     assert (observation.expected_gain(candidates.rotations)[:, 0] > before).any()
