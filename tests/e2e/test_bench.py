@@ -1,4 +1,4 @@
-"""bench/kernels, bench/end_to_end.py and bench/compare.py run, check what they time, and can be compared."""
+"""bench/kernels, bench/integral.py, bench/end_to_end.py and bench/compare.py run, check what they time, and can be compared."""
 
 from __future__ import annotations
 
@@ -75,6 +75,17 @@ def test_what_is_wrong_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPa
         script.main()
     for name in ("common", operation):
         sys.modules.pop(name, None)
+
+
+def test_integral(tmp_path: Path) -> None:
+    bench("integral.py", "--quick", "--threads", 1, "--output", tmp_path)
+    rows = json.loads((tmp_path / "integral.json").read_text(encoding="utf-8"))["rows"]
+    error = {(row["method"], row["snr"]): row["error_nats"] for row in rows}
+    # The grid is nearer to the integral than the sum over matched poses, and half as many cells change nothing.
+    for snr in (0.1, 0.003):
+        assert error["c", snr] < error["a", snr]
+        assert error["half", snr] < 0.5
+    assert (tmp_path / "integral.png").stat().st_size > 0
 
 
 def test_end_to_end_and_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
