@@ -57,6 +57,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def without_folders(words: list[str]) -> list[str]:
+    """A command as others would repeat it: where it wrote to is of this machine alone."""
+    folders = {"--results", "--figures", "--work"}
+    return [w for i, w in enumerate(words) if w not in folders and (i == 0 or words[i - 1] not in folders)]
+
+
 def circumstances(case: Case, factor: float, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """What, where and when."""
     about = {key: value for key, value in machine().items() if key != "executable"}
@@ -71,7 +77,7 @@ def circumstances(case: Case, factor: float, method: str, seed: int, args: argpa
         "snr_reason": case.snr_reason,
         "seed": seed,
         "method": method,
-        "command": " ".join(["python", "bench/paper/run.py", *args.words]),
+        "command": " ".join(["python", "bench/paper/run.py", *without_folders(args.words)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),

@@ -51,6 +51,9 @@ def test_quick_run_and_table(tmp_path: Path) -> None:
     for method, run in runs.items():
         assert run["method"] == method
         assert run["device"] == "cpu"
+        assert run["command"] == f"python bench/paper/run.py {' '.join(command[:8])} --methods " + (
+            "ceiling" if method == "ceiling" else "ceiling default"
+        )
         assert run["options"]["mask_radius"] > 0
         assert run["machine"]["cores"] == os.cpu_count()
         assert len(run["metrics"]["maps"]) == 2
