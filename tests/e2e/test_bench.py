@@ -1,4 +1,4 @@
-"""bench/kernels, bench/integral.py, bench/end_to_end.py and bench/compare.py run, check what they time, and can be compared."""
+"""The scripts of bench/ run, check what they time against its definition, and their results can be compared."""
 
 from __future__ import annotations
 
