@@ -425,6 +425,21 @@ class Band:
         """1 / sigma^2 (M,) float32 at each voxel of the support."""
         return to_device((1 / self.state.sigma2).astype(np.float32), self.plan.device)[self.support.shell]
 
+    @property
+    def inner(self) -> int | None:
+        """Band by which poses are compared first."""
+        return fast_alignment.screen_band(self.r_max)
+
+    @cached_property
+    def inner_window(self) -> ShiftWindow | None:
+        """The shifts by the inner shells, where candidates are compared by these first.
+
+        Not by the paper, nor where the best is that of highest correlation (`fa`).
+        """
+        if self.inner is None or self.plan.options.choices.poses != "refined" or self.plan.options.method == "fa":
+            return None
+        return fast_alignment.shift_window(self.support.within(self.inner), self.plan.max_shift)
+
     @cached_property
     def reach(self) -> Array:
         """Mask around what shifts as wide as the last iteration found them leave of the particle."""
@@ -510,7 +525,7 @@ class Band:
             magnitudes = abs(gather(fourier.transform(inside * self.reach)))
         index, unseen = batch.weight_index, None
         if self.unseen is not None:
-            low = fast_alignment.screen_band(self.r_max) if self.joint else None
+            low = self.inner if self.joint or self.inner_window is not None else None
             unseen = fast_alignment.unseen_gain(self.support, weights, index, self.precision, self.unseen, low)
         return Observation(self.support, gather(spectra), weights, index, batch.weight_ids, magnitudes, unseen)
 
@@ -527,6 +542,7 @@ class Band:
             centred=centred,
             kept=kept,
             symmetry=self.symmetry,
+            screened=self.inner_window,
         )
 
     def integrate(self, observation: Observation, references: list[Reference]) -> tuple[list[Candidates], list[Array]]:

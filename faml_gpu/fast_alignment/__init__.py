@@ -9,11 +9,12 @@ from faml_gpu.fast_alignment.align import (
     align,
     make_reference,
     margin,
+    screen_band,
     single_best,
     unseen_gain,
     unseen_harmonics,
 )
-from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, make_tables, screen_band
+from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, make_tables
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 

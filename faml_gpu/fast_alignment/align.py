@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,12 +25,15 @@ __all__ = [
     "make_reference",
     "margin",
     "normalised_scores",
+    "screen_band",
     "single_best",
     "unseen_gain",
 ]
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
+SCREEN_R = 12  # band at which poses are compared first, so wide that poses as far apart as candidates are told apart
+SCREENED = 1.5  # times that: bands from which on it pays
 KEPT_BYTES = 1 << 28  # of c1 kept for later batches: memory must not grow with the number of weights
 
 
@@ -85,6 +88,16 @@ class Observation:
         spectra, weights = self.spectra[i : i + 1], self.weights[w : w + 1]
         return Observation(self.support, spectra, weights, index, self.weight_ids[w : w + 1], magnitudes, unseen)
 
+    def within(self, r_max: int) -> Observation:
+        """By the shells up to a radius only; what is unseen by the table of these, where there is one."""
+        support, xp = self.support.within(r_max), namespace(self.spectra)
+        m, unseen = len(support), self.unseen
+        spectra, weights = (xp.ascontiguousarray(x[:, :m]) for x in (self.spectra, self.weights))
+        magnitudes = None if self.magnitudes is None else xp.ascontiguousarray(self.magnitudes[:, :m])
+        if unseen is not None and unseen.low is not None:
+            unseen = replace(unseen, table=unseen.low)
+        return Observation(support, spectra, weights, self.weight_index, self.weight_ids, magnitudes, unseen)
+
     def expected_gain(self, rotations: Array) -> Array:
         """(B, n) of what is unseen, for rotations (B, n, 3, 3)."""
         if self.unseen is None:
@@ -114,6 +127,7 @@ class Candidates:
     correlation (B, n): wedge-constrained correlation coefficient of each, what `fa` ranks by.
     gain (B, n): by how many nats each lowers -1/2 sum w^2 |X - RA|^2 / sigma^2 against no reference at all, inf where
     that is not known. Known to the parabolas of the shift search, it is no posterior, but tells what cannot matter.
+    -inf, and correlation 0, where the inner shells alone already told so (`screen_band`).
     """
 
     rotations: Array
@@ -150,6 +164,15 @@ def margin(gain: Array) -> Array:
     """
     xp = namespace(gain)
     return 30 + 0.05 * xp.maximum(xp.where(xp.isfinite(gain), gain, 0), 0)
+
+
+def screen_band(r_max: int) -> int | None:
+    """Band at which poses are compared before they are at r_max; None where that is not done.
+
+    The likelihood ratio of a wrong pose to the right one has mean 1 in any set of shells: that it is e^30 in the inner
+    ones has a probability of e^-30 (Markov's inequality), whatever the outer ones hold.
+    """
+    return SCREEN_R if r_max >= SCREENED * SCREEN_R else None
 
 
 def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:
@@ -247,6 +270,7 @@ def align(
     centred: bool,
     kept: dict[str, Array] | None = None,
     symmetry: str = "C1",
+    screened: ShiftWindow | None = None,
 ) -> Candidates:
     """At most `n_candidates` good poses of each particle: local maxima of c~, each with its best shift.
 
@@ -259,6 +283,9 @@ def align(
     n_candidates : int
     symmetry : str
         Point group that the reference has: of poses that are copies of each other one is a candidate.
+    screened : ShiftWindow, optional
+        The shifts searched by the inner shells first. Candidates too far behind the best there are not looked at in the
+        whole band; for a posterior they do not matter.
 
     Returns
     -------
@@ -278,7 +305,15 @@ def align(
             count = xp.asarray(found)
         rotations = xp.asarray(rotations)
     with step("translations"):
-        shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, count)
+        considered, first = xp.arange(rotations.shape[1]) < count[:, None], None
+        if screened is not None:
+            inner = observation.within(screened.support.r_max)
+            first = _best_shifts(inner, reference, precision[: len(inner.support)], screened, rotations, considered)
+            worth = xp.where(considered, first[2] + inner.expected_gain(rotations), -np.inf)
+            considered &= worth >= (highest := worth.max(axis=1, keepdims=True)) - margin(highest)
+        shifts, correlation, gain = _best_shifts(observation, reference, precision, window, rotations, considered)
+        if first is not None:
+            shifts = xp.where(considered[..., None], shifts, first[0])
     return Candidates(rotations, shifts, correlation, count, gain)
 
 
@@ -288,17 +323,20 @@ def _best_shifts(
     precision: Array,
     window: ShiftWindow,
     rotations: Array,
-    count: Array,
+    considered: Array,
 ) -> tuple[Array, Array, Array]:
-    """Best shift (B, n, 3) of each candidate rotation (B, n, 3, 3); constrained correlation and gain (B, n) there."""
+    """Best shift (B, n, 3) of each candidate rotation (B, n, 3, 3); constrained correlation and gain (B, n) there.
+
+    Of those that are `considered` (B, n): else 0, 0, -inf.
+    """
     xp = namespace(observation.spectra)
     b, n = rotations.shape[:2]
     weight = observation.weights[observation.weight_index] ** 2 * precision
     weighted = weight * observation.spectra
     own = 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
-    shifts, correlation, gain = xp.zeros((b * n, 3)), xp.zeros(b * n), xp.zeros(b * n)
+    shifts, correlation, gain = xp.zeros((b * n, 3)), xp.zeros(b * n), xp.full(b * n, -np.inf)
     # One list over all particles, in pieces that fill the device: few candidates of many particles cost no more.
-    listed = np.nonzero(np.arange(n) < to_host(count)[:, None])
+    listed = np.nonzero(to_host(considered))
 
     def some(first: int) -> None:
         particle, pose = (xp.asarray(index[first : first + window.at_once]) for index in listed)

@@ -38,6 +38,7 @@ from faml_gpu.fast_alignment.align import (
     Candidates,
     Observation,
     Reference,
+    screen_band,
 )
 from faml_gpu.fast_alignment.harmonics import sphere_grid
 from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
@@ -58,7 +59,6 @@ __all__ = [
     "make_joint_reference",
     "make_tables",
     "quadrature",
-    "screen_band",
     "shift_grid",
 ]
 
@@ -67,8 +67,6 @@ PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to b
 COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels
-SCREEN_R = 12  # band at which they are compared first, and at which shifts: what a cell of the first level can tell
-SCREENED = 1.5  # times that: bands from which on it pays
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
 SPLIT = 12  # at most so many of them are split in eight, in each round
 ROUNDS = 3
@@ -442,18 +440,12 @@ class _Scorer:
 
     def within(self, r_max: int) -> _Scorer:
         """By the shells up to a radius only, at shifts as far apart as these allow."""
-        o = self.observation
-        support, xp = o.support.within(r_max), namespace(o.spectra)
-        m = len(support)
-        spectra, weights = (xp.ascontiguousarray(x[:, :m]) for x in (o.spectra, o.weights))
-        unseen = o.unseen
-        if unseen is not None and unseen.low is not None:
-            unseen = replace(unseen, table=unseen.low)
+        observation = self.observation.within(r_max)
         return replace(
             self,
-            observation=replace(o, support=support, spectra=spectra, weights=weights, unseen=unseen),
-            weight=xp.ascontiguousarray(self.weight[:, :m]),
-            fine=support.box / (FINE_STEP * r_max),
+            observation=observation,
+            weight=namespace(self.weight).ascontiguousarray(self.weight[:, : len(observation.support)]),
+            fine=observation.support.box / (FINE_STEP * r_max),
         )
 
     @property
@@ -615,8 +607,8 @@ def _search(scorer: _Scorer, precision: Array, symmetry: str) -> tuple[_Cells, A
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
         first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen])
         centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
-        if screen_band(support.r_max) is not None:
-            worth, centre, reach = _screen(scorer, first, worth)
+        if (inner := screen_band(support.r_max)) is not None:
+            worth, centre, reach = _screen(scorer.within(inner), scorer, first, worth)
         return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach), log_share
 
 
@@ -646,11 +638,6 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
         cells = cells.joined(children)
     return cells
-
-
-def screen_band(r_max: int) -> int | None:
-    """Band at which cells are compared before they are at r_max; None where that is not done."""
-    return SCREEN_R if r_max >= SCREENED * SCREEN_R else None
 
 
 def _first_level(bandwidth: int) -> int:
@@ -690,14 +677,13 @@ def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
 
 
-def _screen(scorer: _Scorer, which: tuple[Array, ...], worth: Array) -> tuple[Array, Array, Array]:
-    """Which cells (B, n) of the first level are not far behind, judged by the band that their width allows.
+def _screen(coarse: _Scorer, scorer: _Scorer, which: tuple[Array, ...], worth: Array) -> tuple[Array, Array, Array]:
+    """Which cells (B, n) of the first level are not far behind, judged by the band that their width allows, `coarse`.
 
     And about which shifts (B, n, 3) the posterior lies by that, and how far to either side of them it reaches (B, n),
     in steps of the whole band's lattice.
     """
     xp = namespace(worth)
-    coarse = scorer.within(SCREEN_R)
     centre, spacing = xp.zeros((*worth.shape, 3)), xp.full(worth.shape, coarse.fine)
     cells = _score_cells(coarse, which, worth, centre, spacing, xp.full(worth.shape, coarse.reach))
     best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)

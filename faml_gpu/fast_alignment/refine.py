@@ -94,7 +94,7 @@ def refine(
         rows, gain = xp.arange(b)[:, None], candidates.known_gain() + observation.expected_gain(candidates.rotations)
         n_first = min(n, 2 * m + int((gain == np.inf).sum(axis=1).max())) if b else 0
         first = xp.argsort(-gain, axis=1)[:, :n_first]
-        count = xp.minimum(candidates.count, n_first)
+        count = (gain[rows, first] > -np.inf).sum(axis=1)
         scores = score(candidates.rotations[rows, first], candidates.shifts[rows, first], count)
         scores[xp.arange(n_first) >= count[:, None]] = np.inf
         nothing = _without_reference(observation, precision)[:, None]

@@ -1,6 +1,7 @@
 """Sampler `joint`: against sums over voxels and every pose tried, and the grids' own laws."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from faml_gpu.fast_alignment import Observation, UnseenGain, joint
 from faml_gpu.fast_alignment.so3 import grid_angles
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
 
+ALIGN = import_module("faml_gpu.fast_alignment.align")  # the package has a function of this name
 BOX, R_MAX, L = 20, 5, 12
 ZETA, MAX_SHIFT = 1.0, 2.0
 
@@ -327,13 +329,13 @@ def test_cells_are_screened_without_loss(oracles, gain, monkeypatch):
 
     def counted(self, particle, rotations, centre, spacing, reach):
         if self.observation.support.r_max == R_MAX:
-            work[joint.SCREEN_R] = work.get(joint.SCREEN_R, 0) + len(particle) * (2 * reach + 1) ** 3
+            work[ALIGN.SCREEN_R] = work.get(ALIGN.SCREEN_R, 0) + len(particle) * (2 * reach + 1) ** 3
         return score(self, particle, rotations, centre, spacing, reach)
 
     monkeypatch.setattr(joint._Scorer, "score", counted)
     found = {}
     for screen in (R_MAX, 3):
-        monkeypatch.setattr(joint, "SCREEN_R", screen)
+        monkeypatch.setattr(ALIGN, "SCREEN_R", screen)
         candidates, volumes = case.integrate(max_shift=7.0)
         prior = (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2)
         best = candidates.gain.argmax(axis=1)
@@ -382,7 +384,7 @@ def test_chunks_do_not_matter(case, monkeypatch):
 def test_on_a_gpu_the_same(case, emulated_gpu, screen, monkeypatch):
     import cupy
 
-    monkeypatch.setattr(joint, "SCREEN_R", screen)
+    monkeypatch.setattr(ALIGN, "SCREEN_R", screen)
     found = case.integrate(n=40)
     o = case.observation
     joint.forget_tables()
