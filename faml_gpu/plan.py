@@ -407,6 +407,7 @@ class Band:
     r_max: int
     r_output: int
     held_out: int | None = None  # fold that the references are made without
+    of_weights: dict[str, Array] = field(default_factory=dict)  # `weight_harmonics` of all folds
     support: Support = field(init=False)
     output: Support = field(init=False)
     inside: NDArray[np.bool_] = field(init=False)  # on the host, as the M-step
@@ -505,29 +506,38 @@ class Band:
         unseen = self.state.unseen[self.held_out or 0]
         return fourier.weight_grid(to_device(unseen, self.plan.device), self.r_max)
 
+    @property
+    def of_shells(self) -> int:
+        """Bandwidth of what is expanded on Fourier shells."""
+        bandwidth = self.plan.bandwidth(self.r_max)
+        return min(bandwidth, UNSEEN_BANDWIDTH) if self.joint else bandwidth
+
     @cached_property
     def unseen(self) -> Array | None:
         """Harmonics of `unseen_grid`: of all degrees where they are added to those of magnitudes."""
         if self.unseen_grid is None:
             return None
-        bandwidth = self.plan.bandwidth(self.r_max)
-        bandwidth = min(bandwidth, UNSEEN_BANDWIDTH) if self.joint else bandwidth
-        return fast_alignment.unseen_harmonics(self.unseen_grid, self.r_max, bandwidth)
+        return fast_alignment.unseen_harmonics(self.unseen_grid, self.r_max, self.of_shells)
 
     def observe(self, batch: Batch, spectra: Array) -> Observation:
         """The batch on the active support."""
-        gather = self.support.gather
+        gather, centred = self.support.gather, self.plan.options.choices.magnitudes == "centred"
         weights, magnitudes = gather(batch.weights), None
-        if self.plan.options.choices.magnitudes == "centred" and not self.joint:
+        if centred and not self.joint:
             # Without phases nothing says where in the box a signal lies: what is outside the particle's reach, noise
             # and neighbours, would add to |X| all the same.
             inside = fourier.inverse_transform(spectra * batch.weights[batch.weight_index], self.plan.box)
             magnitudes = abs(gather(fourier.transform(inside * self.reach)))
-        index, unseen = batch.weight_index, None
+        index, matched, unseen = batch.weight_index, None, None
+        seen = Observation(self.support, gather(spectra), weights, index, batch.weight_ids, magnitudes)
+        arguments = seen, self.precision, self.of_shells
+        if not self.joint:
+            matched = fast_alignment.match(*arguments, centred=centred, kept=self.of_weights)
         if self.unseen is not None:
             low = self.inner if self.joint or self.inner_window is not None else None
-            unseen = fast_alignment.unseen_gain(self.support, weights, index, self.precision, self.unseen, low)
-        return Observation(self.support, gather(spectra), weights, index, batch.weight_ids, magnitudes, unseen)
+            of_weights = matched.weights if matched else fast_alignment.weight_harmonics(*arguments, self.of_weights)
+            unseen = fast_alignment.unseen_gain(of_weights, index, self.unseen, low)
+        return replace(seen, unseen=unseen, matched=matched)
 
     def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:
         """Step 1 against one class."""

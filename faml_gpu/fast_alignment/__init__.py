@@ -9,10 +9,12 @@ from faml_gpu.fast_alignment.align import (
     align,
     make_reference,
     margin,
+    match,
     screen_band,
     single_best,
     unseen_gain,
     unseen_harmonics,
+    weight_harmonics,
 )
 from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, make_tables
 from faml_gpu.fast_alignment.refine import carry_over, refine
@@ -33,12 +35,14 @@ __all__ = [
     "make_reference",
     "make_tables",
     "margin",
+    "match",
     "refine",
     "screen_band",
     "shift_window",
     "single_best",
     "unseen_gain",
     "unseen_harmonics",
+    "weight_harmonics",
 ]
 
 

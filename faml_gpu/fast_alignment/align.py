@@ -18,23 +18,26 @@ from faml_gpu.symmetry import point_group, unique_rotations
 
 __all__ = [
     "Candidates",
+    "Matched",
     "Observation",
     "Reference",
     "UnseenGain",
     "align",
     "make_reference",
     "margin",
+    "match",
     "normalised_scores",
     "screen_band",
     "single_best",
     "unseen_gain",
+    "weight_harmonics",
 ]
 
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
 SCREEN_R = 12  # band at which poses are compared first, so wide that poses as far apart as candidates are told apart
 SCREENED = 1.5  # times that: bands from which on it pays
-KEPT_BYTES = 1 << 28  # of c1 kept for later batches: memory must not grow with the number of weights
+KEPT_BYTES = 1 << 28  # kept by weight for later batches: memory must not grow with the number of weights
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,24 @@ class UnseenGain:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Harmonic coefficients of what a batch brings to rotational matching, the same for all classes and folds.
+
+    magnitudes (B, r_max, L, n_l): of w^2 |X| / sigma^2; weights (W, r_max, L, n_l): of w^2 / sigma^2.
+    """
+
+    magnitudes: Array
+    weights: Array
+
+
+@dataclass(frozen=True)
 class Observation:
     """A batch of particles on the active support.
 
     spectra (B, M) complex64: X; weights (W, M) float32: w, of particle b the row weight_index[b] (B,) int64;
     weight_ids: W names, the same for the same weight in any batch. magnitudes (B, M) float32: what rotational
-    matching takes for |X|, where that is not just |X| (of masked particles). unseen: None where all is seen.
+    matching takes for |X|, where that is not just |X| (of masked particles). unseen: None where all is seen. matched:
+    None where it is worked out when needed.
     """
 
     support: Support
@@ -77,6 +92,7 @@ class Observation:
     weight_ids: tuple[str, ...]
     magnitudes: Array | None = None
     unseen: UnseenGain | None = None
+    matched: Matched | None = None
 
     def alone(self, i: int) -> Observation:
         """One particle of the batch, with its weight; no copies, on the host."""
@@ -195,13 +211,62 @@ def unseen_harmonics(unseen: Array, r_max: int, bandwidth: int) -> Array:
     return sphere.coefficients(xp.ascontiguousarray(values).reshape(r_max, -1))
 
 
-def unseen_gain(
-    support: Support, weights: Array, index: Array, precision: Array, unseen: Array, low: int | None = None
-) -> UnseenGain:
-    """Of the weights (W, M) of a batch, from the coefficients `unseen_harmonics`; low: shells of the table so named."""
-    harmonics = shell_harmonics(support, unseen.shape[1]).coefficients(weights**2 * precision)
-    inner = None if low is None else 0.5 * correlate(harmonics[:, :low], unseen[:low])
-    return UnseenGain(0.5 * correlate(harmonics, unseen), index, inner)
+def unseen_gain(weights: Array, index: Array, unseen: Array, low: int | None = None) -> UnseenGain:
+    """Of the weights of a batch, from their coefficients (`weight_harmonics`) and those of `unseen_harmonics`.
+
+    low: shells of the table so named.
+    """
+    inner = None if low is None else 0.5 * correlate(weights[:, :low], unseen[:low])
+    return UnseenGain(0.5 * correlate(weights, unseen), index, inner)
+
+
+def weight_harmonics(
+    observation: Observation, precision: Array, bandwidth: int, kept: dict[str, Array] | None = None
+) -> Array:
+    """Coefficients (W, r_max, L, n_l) of w^2 / sigma^2 for the weights of a batch.
+
+    kept: those of other batches of the same band, noise and bandwidth, by weight name; filled and used.
+    """
+    xp, names = namespace(observation.spectra), observation.weight_ids
+    kept = {} if kept is None else kept
+    if missing := [i for i, name in enumerate(names) if name not in kept]:
+        squared = xp.stack([observation.weights[i] for i in missing]) ** 2 * precision
+        new = shell_harmonics(observation.support, bandwidth).coefficients(squared)
+        kept.update((names[i], c) for i, c in zip(missing, new, strict=True))
+    found = xp.stack([kept[name] for name in names])
+    _forget(kept)
+    return found
+
+
+def match(
+    observation: Observation,
+    precision: Array,
+    bandwidth: int,
+    *,
+    centred: bool,
+    kept: dict[str, Array] | None = None,
+) -> Matched:
+    """What a batch brings to `normalised_scores`; kept: see `weight_harmonics`.
+
+    centred : subtract from |X| its mean per shell over the observed voxels. A noisy |X| has a positive mean (Rician),
+    so without this c~0 mostly measures sum w |RA|.
+    """
+    xp, support = namespace(observation.spectra), observation.support
+    magnitude = abs(observation.spectra) if observation.magnitudes is None else observation.magnitudes
+    weight = observation.weights[observation.weight_index]
+    if centred:
+        total, observed = support.shell_sums(magnitude * weight), support.shell_sums(weight)
+        mean = total / xp.maximum(observed, np.finfo(np.float32).tiny)
+        magnitude = magnitude - mean[:, support.shell].astype(np.float32)
+    of_magnitudes = shell_harmonics(support, bandwidth).coefficients(magnitude * weight**2 * precision)
+    return Matched(of_magnitudes, weight_harmonics(observation, precision, bandwidth, kept))
+
+
+def _forget(kept: dict[str, Array]) -> None:
+    """The oldest go where those kept take too much memory."""
+    size = next(iter(kept.values())).nbytes
+    for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // size)]:
+        del kept[name]
 
 
 def normalised_scores(
@@ -224,8 +289,7 @@ def normalised_scores(
     reference : Reference
     precision : (M,) float32
     centred : bool
-        Subtract from |X| its mean per shell over the observed voxels. A noisy |X| has a positive mean (Rician),
-        so without this c~0 mostly measures sum w |RA|.
+        See `match`; of no account where `observation.matched` is given.
     kept : dict, optional
         c~1 by weight name, filled and used: c~1 depends on the class and the weight only.
 
@@ -235,28 +299,19 @@ def normalised_scores(
         Axes [b, beta, gamma, alpha].
     """
     xp = namespace(observation.spectra)
-    support, harmonics = observation.support, shell_harmonics(observation.support, reference.bandwidth)
-    kept, unseen = {} if kept is None else kept, observation.unseen
-    missing = [i for i, name in enumerate(observation.weight_ids) if name not in kept]
-    if missing:
-        weights = xp.stack([observation.weights[i] for i in missing])
-        squared = correlate(harmonics.coefficients(weights**2 * precision), reference.power)
+    matched = observation.matched or match(observation, precision, reference.bandwidth, centred=centred)
+    kept, unseen, names = {} if kept is None else kept, observation.unseen, observation.weight_ids
+    if missing := [i for i, name in enumerate(names) if name not in kept]:
+        squared = correlate(xp.stack([matched.weights[i] for i in missing]), reference.power)
         if unseen is not None:
             squared += 2 * unseen.table[xp.asarray(missing)]
         for i, c1 in zip(missing, squared, strict=True):
-            kept[observation.weight_ids[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
-    magnitude = abs(observation.spectra) if observation.magnitudes is None else observation.magnitudes
-    weight = observation.weights[observation.weight_index]
-    if centred:
-        total, observed = support.shell_sums(magnitude * weight), support.shell_sums(weight)
-        mean = total / xp.maximum(observed, np.finfo(np.float32).tiny)
-        magnitude = magnitude - mean[:, support.shell].astype(np.float32)
-    scores = correlate(harmonics.coefficients(magnitude * weight**2 * precision), reference.magnitude)
+            kept[names[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
+    scores = correlate(matched.magnitudes, reference.magnitude)
     if unseen is not None:
         scores += 2 * unseen.table[unseen.index]
-    scores /= xp.stack([kept[name] for name in observation.weight_ids])[observation.weight_index]
-    for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // scores[0].nbytes)]:
-        del kept[name]  # the oldest
+    scores /= xp.stack([kept[name] for name in names])[observation.weight_index]
+    _forget(kept)
     return scores
 
 

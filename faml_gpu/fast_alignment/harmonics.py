@@ -8,6 +8,7 @@ so their odd degrees vanish).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, free_memory, namespace, to_device
+from faml_gpu.array_backend import Array, device_of, free_memory, namespace, on_host, to_device
 from faml_gpu.fourier import Support, make_support
 
 __all__ = ["ShellHarmonics", "SphereGrid", "degrees", "forget_tables", "shell_harmonics", "sphere_grid"]
 
 STREAM_ABOVE = 1 << 30  # bytes of Y_lm at the voxels above which a CPU computes them shell by shell and keeps none
+PIECE = 1 << 10  # voxels of a shell that it then takes at a time: their table stays in its caches
 
 
 def degrees(bandwidth: int, *, even: bool = True) -> NDArray[np.int64]:
@@ -77,11 +79,21 @@ class ShellHarmonics:
     bins: tuple[tuple[Array, Array], ...]
     tables: tuple[Array, ...] | None
 
-    def _table(self, r: int) -> Array:
-        """Real columns (voxels of bin r, 2 * L * n_l): Re and Im of conj Y_lm."""
-        voxels, _ = self.bins[r - 1]
+    def _table(self, voxels: Array) -> Array:
+        """Real columns (voxels, 2 * L * n_l): Re and Im of conj Y_lm."""
         directions = self.support.coords[voxels].astype(np.float64)
         return ops.harmonics(directions, self.bandwidth, even=self.even).reshape(len(voxels), -1)
+
+    def _pieces(self) -> Iterator[tuple[int, Array, Array, Array]]:
+        """Bin, voxels, what each counts for the next bin, and table: a whole bin, or as many as are streamed."""
+        for r, (voxels, fraction) in enumerate(self.bins, 1):
+            if self.tables is not None:
+                yield r, voxels, fraction, self.tables[r - 1]
+                continue
+            size = PIECE if on_host(voxels) else len(voxels)
+            for first in range(0, len(voxels), size):
+                some = voxels[first : first + size]
+                yield r, some, fraction[first : first + size], self._table(some)
 
     def coefficients(self, values: Array) -> Array:
         """p_lm(r) of real functions given on the support.
@@ -99,9 +111,7 @@ class ShellHarmonics:
         xp = namespace(values)
         n = self.bandwidth * len(degrees(self.bandwidth, even=self.even))
         out = xp.zeros((len(values), self.support.r_max, 2 * n), np.float32)
-        for r in range(1, self.support.r_max + 1):
-            voxels, fraction = self.bins[r - 1]
-            table = self.tables[r - 1] if self.tables is not None else self._table(r)
+        for r, voxels, fraction, table in self._pieces():
             part = values[:, voxels]
             # A voxel between the radii r and r + 1 counts for both, as linear interpolation does.
             out[:, r - 1] += (part * (1 - fraction)) @ table
@@ -126,7 +136,7 @@ def _shell_harmonics(box: int, r_max: int, bandwidth: int, device: str) -> Shell
     size = len(support) * 2 * bandwidth * len(degrees(bandwidth)) * 4
     if size > (STREAM_ABOVE if device == "cpu" else free_memory(device) // 4):
         return bare
-    return ShellHarmonics(support, bandwidth, True, bins, tuple(bare._table(r) for r in range(1, r_max + 1)))
+    return ShellHarmonics(support, bandwidth, True, bins, tuple(bare._table(voxels) for voxels, _ in bins))
 
 
 def shell_harmonics(support: Support, bandwidth: int) -> ShellHarmonics:

@@ -15,6 +15,8 @@ from faml_gpu.ops._check import require
 
 __all__ = ["harmonics"]
 
+LANES = 16  # points that the CPU takes side by side: the recurrence waits for its own last step, point by point
+
 
 def harmonics(points: Array, bandwidth: int, *, even: bool = True) -> Array:
     """Conj Y_lm(n) for m >= 0, by the three-term recurrence in l of the normalised Legendre functions.
@@ -57,7 +59,7 @@ def _recurrence(bandwidth: int) -> NDArray[np.float64]:
 
 
 def _harmonics_cpu(points: Array, bandwidth: int, step: int) -> Array:
-    table = np.zeros((len(points), 2, bandwidth, -(-bandwidth // step)), np.float32)
+    table = np.empty((len(points), 2, bandwidth, -(-bandwidth // step)), np.float32)
     _harmonics_loop(points, _recurrence(bandwidth), step, table)
     return table
 
@@ -75,21 +77,35 @@ def _harmonics_cuda(points: Array, bandwidth: int, step: int) -> Array:
 @numba.njit(parallel=True, nogil=True, cache=True)
 def _harmonics_loop(points: Any, factors: Any, step: int, table: Any) -> None:
     bandwidth = factors.shape[0]
-    for j in numba.prange(points.shape[0]):
-        x, y, z = points[j, 0], points[j, 1], points[j, 2]
-        length = np.sqrt(x * x + y * y + z * z)
-        z /= length
+    for block in numba.prange(-(-points.shape[0] // LANES)):
+        first = block * LANES
+        n = min(LANES, points.shape[0] - first)
+        x, y, z = np.zeros(LANES), np.zeros(LANES), np.zeros(LANES)
+        for j in range(n):
+            table[first + j] = 0.0
+            a, b, c = points[first + j, 0], points[first + j, 1], points[first + j, 2]
+            length = np.sqrt(a * a + b * b + c * c)
+            x[j], y[j], z[j] = a / length, b / length, c / length
         # sin(theta) exp(i phi) = x + i y: its m-th power carries the phase and the factor sin^m(theta), and what is
         # left of Y_lm is a polynomial in z.
-        xy = complex(x / length, y / length)
-        top = complex(factors[0, 0, 0], 0.0)
+        real, imaginary = np.full(LANES, factors[0, 0, 0]), np.zeros(LANES)
+        before, now = np.empty(LANES), np.empty(LANES)
         for m in range(bandwidth):
             if m:
-                top = factors[m, m, 0] * xy * top
-            before, now = 0.0, 1.0
+                a = factors[m, m, 0]
+                for j in range(LANES):
+                    b = a * (x[j] * real[j] - y[j] * imaginary[j])
+                    imaginary[j] = a * (x[j] * imaginary[j] + y[j] * real[j])
+                    real[j] = b
+            before[:], now[:] = 0.0, 1.0
             for l in range(m, bandwidth):
                 if l > m:
-                    before, now = now, factors[m, l, 0] * (z * now - factors[m, l, 1] * before)
+                    a = factors[m, l, 0]
+                    b = a * factors[m, l, 1]
+                    for j in range(LANES):
+                        c = a * z[j] * now[j] - b * before[j]
+                        before[j], now[j] = now[j], c
                 if l % step == 0:
-                    table[j, 0, m, l // step] = now * top.real
-                    table[j, 1, m, l // step] = -now * top.imag
+                    for j in range(n):
+                        table[first + j, 0, m, l // step] = now[j] * real[j]
+                        table[first + j, 1, m, l // step] = -now[j] * imaginary[j]

@@ -66,6 +66,7 @@ def direct_coefficients(values, points, r_max, bandwidth):
 def test_shell_coefficients_are_sums_over_voxels(box, r_max, bandwidth, stream, rng, oracles, monkeypatch):
     if stream:
         monkeypatch.setattr(harmonics, "STREAM_ABOVE", 0)
+        monkeypatch.setattr(harmonics, "PIECE", 7)  # of shells of up to 200 voxels
     harmonics._shell_harmonics.cache_clear()
     support = make_support(box, r_max)
     points, _ = oracles.ball(r_max)

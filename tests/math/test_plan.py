@@ -11,7 +11,7 @@ import pytest
 from faml_gpu.data import State
 from faml_gpu.errors import InputError
 from faml_gpu.fast_alignment import make_reference
-from faml_gpu.fast_alignment.align import Observation, normalised_scores
+from faml_gpu.fast_alignment.align import Observation, match, normalised_scores
 from faml_gpu.fourier import interpolation_grid, make_support
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
@@ -111,6 +111,38 @@ def test_kept_scores_are_bounded_and_right(rng, monkeypatch):
             with_kept, normalised_scores(seen, reference, precision, centred=True), rtol=1e-4, atol=1e-4
         )
         assert len(kept) == min(len(set(kept) | set(seen.weight_ids)), 2)
+
+
+@pytest.mark.parametrize("sampler", ["magnitude", "joint"])
+def test_folds_share_what_is_known_of_the_weights(sampler, particles, rng, monkeypatch):
+    """The coefficients of w^2 / sigma^2 are of no fold and no class: worked out once, they are those of each."""
+    plan = Plan.make(particles, Options(mask_radius=60, sampler=sampler))
+    maps = rng.standard_normal((1, N, N, N)).astype(np.float32)
+    unseen = rng.random((2, N, N, N // 2 + 1)).astype(np.float32)
+    sigma2 = 1.0 + np.arange(N // 2)
+    state = State(0, maps, np.ones(1), sigma2, 1.0, apart=np.stack([maps, -maps]), unseen=unseen)
+    whole, batch = Band(plan, state, 6, 6), particles.read(np.arange(3))
+    spectra, align = plan.spectra(batch), import_module("faml_gpu.fast_alignment.align")
+    calls = []
+    of_support = align.shell_harmonics
+
+    def counted(support, bandwidth):
+        calls.append(bandwidth)
+        return of_support(support, bandwidth)
+
+    monkeypatch.setattr(align, "shell_harmonics", counted)
+    first, second = (whole.holding_out(fold).observe(batch, spectra) for fold in (0, 1))
+    # Of the magnitudes for each fold: these are the particles'; of the weights once.
+    assert len(calls) == {"magnitude": 3, "joint": 1}[sampler]
+    alone = Band(plan, state, 6, 6, held_out=1).observe(batch, spectra)
+    np.testing.assert_array_equal(second.unseen.table, alone.unseen.table)
+    assert (first.unseen.table != second.unseen.table).any()
+    if sampler == "magnitude":
+        seen = replace(alone, matched=None)
+        np.testing.assert_array_equal(first.matched.weights, alone.matched.weights)
+        bandwidth = plan.bandwidth(6)
+        again = match(seen, whole.precision, bandwidth, centred=True)
+        np.testing.assert_allclose(first.matched.magnitudes, again.magnitudes, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from faml_gpu.fast_alignment import (
     shift_window,
     unseen_gain,
     unseen_harmonics,
+    weight_harmonics,
 )
 from faml_gpu.geometry import random_rotations
 from faml_gpu.io.particles import ArrayParticles
@@ -54,7 +55,7 @@ class Scene:
         z, _, x = np.meshgrid(line, line, np.arange(BOX // 2 + 1), indexing="ij")
         unseen = fourier.weight_grid((0.2 * sigma2 * (abs(z) > abs(x))).astype(np.float32), R_MAX)
         harmonics = unseen_harmonics(unseen, R_MAX, L)
-        gain = unseen_gain(support, self.plain.weights, index, self.precision, harmonics, INNER)
+        gain = unseen_gain(weight_harmonics(self.plain, self.precision, L), index, harmonics, INNER)
         self.observation = replace(self.plain, unseen=gain)
 
     def align(self, observation, screened):
