@@ -575,7 +575,7 @@ class Band:
         pieces = [observation]
         if on_host(observation.spectra):
             pieces = [observation.alone(i) for i in range(len(observation.spectra))]
-        fast_alignment.make_tables(self.support, joint[0], self.symmetry)
+        fast_alignment.make_tables(self.support, joint[0], self.symmetry, self.plan.max_shift, self.state.zeta)
         of_class = list(zip(*map_threads(work, pieces, observation.spectra), strict=True))
         candidates = [Candidates.joined([c for c, _ in parts]) for parts in of_class]
         xp = namespace(observation.spectra)

@@ -141,13 +141,19 @@ class PhaseHarmonics:
         return 2 * (out[:, 0] + 1j * out[:, 1])
 
 
+def _inside(box: int, r_max: int, r: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The voxels |xi| <= r of a support, by radius, as indices into it; and their radii."""
+    radius = np.sqrt((make_support(box, r_max).coords.astype(np.float64) ** 2).sum(axis=1))
+    inside = np.nonzero(radius <= r)[0]
+    order = inside[np.argsort(radius[inside], kind="stable")]
+    return order, radius[order]
+
+
 @lru_cache(maxsize=1)  # as in `harmonics`
 def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) -> PhaseHarmonics:
     coords = make_support(box, r_max).coords
-    radius = np.sqrt((coords.astype(np.float64) ** 2).sum(axis=1))
-    inside = np.nonzero(radius <= r)[0]
-    order = inside[np.argsort(radius[inside], kind="stable")]
-    position = (radius[order] - 1) * PER_VOXEL
+    order, radius = _inside(box, r_max, r)
+    position = (radius - 1) * PER_VOXEL
     lower = np.floor(position).astype(np.int64)
     n_shells = PER_VOXEL * (r - 1) + 1
     pairs, bins = _pairs(bandwidth), np.searchsorted(lower, np.arange(n_shells + 1))
@@ -176,16 +182,22 @@ def _d_table(bandwidth: int, device: str) -> Array:
 
 def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
-    for cached in (_phase_harmonics, _d_table, _first_cells):
+    for cached in (_phase_harmonics, _d_table, _first_cells, _lattice_phases):
         cached.cache_clear()
 
 
-def make_tables(support: Support, reference: JointReference, symmetry: str) -> None:
+def make_tables(support: Support, reference: JointReference, symmetry: str, max_shift: float, zeta: float) -> None:
     """The tables that `integrate` keeps, made before several threads at once find that there are none."""
     device, bandwidth = device_of(reference.phases), reference.bandwidth
     _phase_harmonics(support.box, support.r_max, reference.coarse_r, bandwidth, device)
     _d_table(bandwidth, device)
     _first_cells(bandwidth, _first_level(bandwidth), symmetry, device)
+    shifts = _coarse_shifts(support.box, reference, min(max_shift, REACH * zeta))
+    _lattice_phases(support.box, support.r_max, reference.coarse_r, shifts.tobytes(), device)
+
+
+def _coarse_shifts(box: int, reference: JointReference, radius: float) -> NDArray[np.float64]:
+    return shift_grid(radius, box / (COARSE_STEP * reference.coarse_r))
 
 
 def make_joint_reference(
@@ -244,17 +256,22 @@ def shift_grid(radius: float, spacing: float) -> NDArray[np.float64]:
 
 
 def log_marginal(
-    observation: Observation, reference: JointReference, precision: Array, shifts: NDArray[np.float64], zeta: float
-) -> Array:
-    """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid.
+    observation: Observation,
+    references: Sequence[JointReference],
+    precision: Array,
+    shifts: NDArray[np.float64],
+    zeta: float,
+) -> list[Array]:
+    """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid, for each class.
 
     c0 = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA], c1^2 = sum w^2 / sigma^2 |RA|^2, both over the voxels
-    |xi| <= `reference.coarse_r`, by harmonics: they select, the voxels decide. Shifts stream by a few at a time; what
-    is 87 nats below the best of a particle is not told apart.
+    |xi| <= `coarse_r` of the references, by harmonics: they select, the voxels decide. Shifts stream by a few at a
+    time; what is 87 nats below the best of a particle is not told apart.
 
     Parameters
     ----------
-    observation, reference
+    observation
+    references : K of JointReference
     precision : (M,) float32
         1 / sigma^2 of each voxel's shell.
     shifts : (T, 3) float64, voxels
@@ -262,43 +279,53 @@ def log_marginal(
 
     Returns
     -------
-    (2L, 2L, 2L, B) float32
+    K of (2L, 2L, 2L, B) float32
         Axes [gamma, alpha, beta, particle] at `so3.grid_angles(L)`.
     """
-    xp = namespace(observation.spectra)
-    support, l_max = observation.support, reference.bandwidth
-    device, n = device_of(observation.spectra), 2 * reference.bandwidth
-    harmonics = _phase_harmonics(support.box, support.r_max, reference.coarse_r, l_max, device)
+    xp, support, l_max = namespace(observation.spectra), observation.support, references[0].bandwidth
+    device, n = device_of(observation.spectra), 2 * l_max
+    harmonics = _phase_harmonics(support.box, support.r_max, references[0].coarse_r, l_max, device)
+    phases = _lattice_phases(support.box, support.r_max, references[0].coarse_r, shifts.tobytes(), device)
     squared = (observation.weights**2 * precision)[:, harmonics.order]
-    base = -0.5 * _place(harmonics.coefficients(squared.T.astype(np.complex64)), reference.powers, l_max)
+    of_weights = harmonics.coefficients(squared.T.astype(np.complex64))
+    base = [-0.5 * _place(of_weights, reference.powers, l_max) for reference in references]
     weighted = (squared[observation.weight_index] * observation.spectra[:, harmonics.order]).T  # (M', B)
-    coords = support.coords[harmonics.order].astype(np.float64)
-    b = weighted.shape[1]
-    out = xp.empty((n, n, n, b), np.float32)
+    b, m = weighted.shape[1], len(weighted)
+    out = [xp.empty((n, n, n, b), np.float32) for _ in references]
     # Per function: its values, coefficients, T, d T and the correlation. Few at a time stay in a CPU's caches.
-    at_once = max(1, working_bytes(weighted) // (32 * (8 * len(coords) + 24 * n**3)))
+    at_once = max(1, working_bytes(weighted) // (32 * (8 * m + 24 * n**3)))
     for first in range(0, b, at_once):
         part = weighted[:, first : first + at_once]
-        width = part.shape[1]
-        constant = base[..., observation.weight_index[first : first + at_once]][..., None, :]
-        total, highest = xp.zeros((n, n, n, width), np.float32), xp.full(width, -np.inf, np.float32)
+        width, index = part.shape[1], observation.weight_index[first : first + at_once]
+        sums = [xp.zeros((n, n, n, width), np.float32) for _ in references]
+        highest = [xp.full(width, -np.inf, np.float32) for _ in references]
         taken = max(1, at_once // width)
         for t in range(0, len(shifts), taken):
-            some = xp.asarray(shifts[t : t + taken])
-            phase = xp.exp((2j * np.pi / support.box) * (coords @ some.T)).astype(np.complex64)
-            functions = (phase[:, :, None] * part[:, None, :]).reshape(len(coords), -1)
-            terms = _place(harmonics.coefficients(functions), reference.phases, l_max)
-            terms = terms.reshape(*terms.shape[:3], len(some), width) + constant
-            # A constant is the term l = 0.
-            terms[0, 0, 0] -= ((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32)[:, None]
-            scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max).reshape(n, n, n, len(some), width)
-            top = xp.maximum(highest, scores.max(axis=(0, 1, 2, 3)))
-            total *= xp.exp(highest - top)
-            scores -= top
-            total += xp.exp(scores, out=scores).sum(axis=3)
-            highest = top
-        out[..., first : first + at_once] = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + highest
+            some = shifts[t : t + taken]
+            moved = phases[:, t : t + taken, None] * part[:, None, :]
+            functions = harmonics.coefficients(moved.reshape(m, -1))
+            prior = xp.asarray(((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32))
+            for k, reference in enumerate(references):
+                terms = _place(functions, reference.phases, l_max)
+                terms = terms.reshape(*terms.shape[:3], len(some), width) + base[k][..., index][..., None, :]
+                terms[0, 0, 0] -= prior[:, None]  # a constant is the term l = 0
+                scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max).reshape(n, n, n, len(some), width)
+                top = xp.maximum(highest[k], scores.max(axis=(0, 1, 2, 3)))
+                sums[k] *= xp.exp(highest[k] - top)
+                scores -= top
+                sums[k] += xp.exp(scores, out=scores).sum(axis=3)
+                highest[k] = top
+        for found, total, top in zip(out, sums, highest, strict=True):
+            found[..., first : first + at_once] = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top
     return out
+
+
+@lru_cache(maxsize=1)
+def _lattice_phases(box: int, r_max: int, r: int, shifts: bytes, device: str) -> Array:
+    """exp(2 pi i xi.t / N), (M', T) complex64, at the voxels of `_phase_harmonics`: of every particle the same."""
+    points = np.frombuffer(shifts).reshape(-1, 3)
+    coords = make_support(box, r_max).coords[_inside(box, r_max, r)[0]].astype(np.float64)
+    return to_device(np.exp((2j * np.pi / box) * (coords @ points.T)).astype(np.complex64), device)
 
 
 def _place(p: Array, q: Array, bandwidth: int) -> Array:
@@ -570,7 +597,10 @@ def integrate(
     fine, slack = support.box / (FINE_STEP * support.r_max), cell_width(_first_level(references[0].bandwidth))
     group, squared = xp.asarray(point_group(symmetry)), observation.weights**2 * precision
     scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
-    first = [_search(scorer, precision, symmetry) for scorer in scorers]
+    with step("joint: all rotations"):
+        shifts = _coarse_shifts(support.box, references[0], radius)
+        marginals = log_marginal(observation, references, precision, shifts, zeta)
+    first = [_search(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
     best = xp.stack([cells.mass.max(axis=1) for cells, _ in first])  # (K, B)
     gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells, _ in first]).max(axis=0)
     hopeful = best > best.max(axis=0) - _tolerance(gain, 0)
@@ -582,15 +612,11 @@ def integrate(
     return found
 
 
-def _search(scorer: _Scorer, precision: Array, symmetry: str) -> tuple[_Cells, Array]:
+def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> tuple[_Cells, Array]:
     """The cells of the first level that hold the mass, scored, and the log of how much of it they hold (B,)."""
     observation, reference = scorer.observation, scorer.reference
     xp = namespace(observation.spectra)
     support, b = observation.support, len(observation.spectra)
-    coarse = support.box / (COARSE_STEP * reference.coarse_r)
-    with step("joint: all rotations"):
-        shifts = shift_grid(scorer.radius, coarse)
-        marginal = log_marginal(observation, reference, precision, shifts, scorer.zeta)
     with step("joint: cells"):
         level = _first_level(reference.bandwidth)
         pixel, turn, part, places, weights = _first_cells(

@@ -342,8 +342,8 @@ def test_joint_counts_it_at_every_stage(scene):
     plain = joint.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12)
     reference = joint.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12, scene.grid / 5)
     shifts = joint.shift_grid(0.0, 1.0)
-    without = joint.log_marginal(scene.plain, plain, scene.precision, shifts, 1.0)
-    found = joint.log_marginal(scene.observation, reference, scene.precision, shifts, 1.0)
+    without = joint.log_marginal(scene.plain, [plain], scene.precision, shifts, 1.0)[0]
+    found = joint.log_marginal(scene.observation, [reference], scene.precision, shifts, 1.0)[0]
     beta, angle = grid_angles(12)
     g, a, b = np.meshgrid(angle, angle, beta, indexing="ij")
     rotations = euler_to_matrix(np.stack([a, b, g], axis=-1))
