@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from faml_gpu.errors import InputError
 
-__all__ = ["independent_share", "normalise", "soft_sphere"]
+__all__ = ["independent_share", "normalise", "soft_sphere", "without_offset"]
 
 
 def soft_sphere(box: int, radius: float, edge: float) -> NDArray[np.float32]:
@@ -68,14 +68,7 @@ def normalise(boxes: Any, mask: Any) -> Any:
     InputError
         If fewer than two voxels are outside the mask, or a box is constant there.
     """
-    outside = mask == 0
-    count = int(outside.sum())
-    if count < 2:
-        raise InputError(
-            f"normalisation: the mask leaves {count} of {mask.size} voxels outside, expected at least 2; "
-            "use a smaller mask radius, or switch normalisation off"
-        )
-    background = boxes[:, outside]
+    background = _background(boxes, mask)
     # float64: the mean of a box may be large against its standard deviation (uint8 tomograms).
     mean = background.mean(axis=1, dtype=np.float64)
     std = background.std(axis=1, dtype=np.float64)
@@ -87,3 +80,39 @@ def normalise(boxes: Any, mask: Any) -> Any:
             f"(the first is number {first} of this batch, from 0); expected noise there"
         )
     return ((boxes - mean[:, None, None, None]) / std[:, None, None, None]).astype(np.float32)
+
+
+def without_offset(boxes: Any, mask: Any) -> Any:
+    """Boxes minus their mean where the mask is 0, per box: `normalise` without the division.
+
+    The zero frequency takes no part in the likelihood; but a box is masked before it is averaged, and the mask would
+    spread a constant over the lowest shells.
+
+    Parameters
+    ----------
+    boxes : (B, N, N, N) float32 array, NumPy or CuPy
+    mask : (N, N, N) array of the same module
+
+    Returns
+    -------
+    (B, N, N, N) float32 array of the same module
+
+    Raises
+    ------
+    InputError
+        If fewer than two voxels are outside the mask.
+    """
+    mean = _background(boxes, mask).mean(axis=1, dtype=np.float64)
+    return (boxes - mean[:, None, None, None]).astype(np.float32)
+
+
+def _background(boxes: Any, mask: Any) -> Any:
+    """The voxels (B, n) where the mask is 0."""
+    outside = mask == 0
+    count = int(outside.sum())
+    if count < 2:
+        raise InputError(
+            f"normalisation: the mask leaves {count} of {mask.size} voxels outside, expected at least 2; "
+            "use a smaller mask radius"
+        )
+    return boxes[:, outside]

@@ -92,11 +92,11 @@ class Options:
         "none", or "auto": optics groups, where the input has them and particles have scales or are not normalised.
         Groups of few particles share the curve of all (see `noise.FEWEST`; default: by preset)
     scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
-        offset needs none: the zero frequency takes no part in anything
+        offset needs none: the mean outside the mask is always subtracted
     halves : then two halves of each class are averaged apart, see `halves.refine_halves`
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
-    normalize : subtract the mean and divide by the standard deviation outside the mask
+    normalize : divide each box by its standard deviation outside the mask; the mean there is subtracted in any case
     """
 
     n_classes: int = 1

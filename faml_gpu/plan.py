@@ -254,8 +254,8 @@ class Plan:
         """
         xp = namespace(batch.boxes)
         boxes = -batch.boxes if self.options.invert else batch.boxes
-        if self.options.normalize:
-            boxes = masks.normalise(boxes, xp.asarray(self.mask))
+        level = masks.normalise if self.options.normalize else masks.without_offset
+        boxes = level(boxes, xp.asarray(self.mask))
         spectra = fourier.transform(boxes)
         if batch.multiplied is None:
             return spectra

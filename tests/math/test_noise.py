@@ -627,3 +627,20 @@ def test_final_average_trusts_the_quiet_group(rng: np.random.Generator, oracles:
         for s in (state, None)
     ]
     assert 2.0 < left[1] / left[0] < 3.8, left
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_offset_of_each_box_changes_nothing(normalize: bool, rng: np.random.Generator, oracles: Any) -> None:
+    """Boxes with another constant each: the mask would spread it over the lowest shells, of averages and magnitudes."""
+    n = 8
+    volume = oracles.blob_volume(BOX, *oracles.blobs(rng, 6, 1.8, 1.1))
+    boxes = volume + rng.standard_normal((n, BOX, BOX, BOX))
+    offset = np.arange(n)[:, None, None, None] % 2 * 2.0
+    rotations = Rotation.random(n, random_state=3).as_matrix()
+    posterior = one_hot(np.zeros(n, np.int64), rotations, np.zeros((n, 3)), 1, known=True)
+    maps = []
+    for some in (boxes, boxes + offset):
+        particles = ArrayParticles(some, VOXEL, missing_wedge(BOX, (-60, 60)))
+        plan = Plan.make(particles, replace(OPTIONS, normalize=normalize))
+        maps.append(final_averages(plan, particles, posterior))
+    np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=1e-5 * np.abs(maps[0]).max())  # rounding of float32
