@@ -109,6 +109,41 @@ def _is_peak(score: Any, j: int, g: int, a: int) -> bool:
 
 
 @numba.njit(cache=True)
+def _peaks_of_row(score: Any, j: int, g: int, found: Any, heights: Any) -> None:
+    """Append the local maxima of the points (j, g, all alpha). Most are ruled out by their neighbours in alpha."""
+    nb, na = score.shape[0], score.shape[2]
+    inner = 0 < j < nb - 1
+    if inner:
+        before, after = (g or na) - 1, (g + 1) % na
+        row = score[j, g]
+        # Of a plateau the first point counts: neighbours before it must be lower, those after it may be as high.
+        lower = (score[j, before], score[j - 1, before], score[j - 1, g], score[j - 1, after])
+        higher = (score[j, after], score[j + 1, before], score[j + 1, g], score[j + 1, after])
+    for a in range(na):
+        value = score[j, g, a]
+        if inner and 0 < a < na - 1:
+            if row[a - 1] >= value or row[a + 1] > value:
+                continue
+            new = True
+            for other in lower:
+                if other[a - 1] >= value or other[a] >= value or other[a + 1] >= value:
+                    new = False
+                    break
+            if not new:
+                continue
+            for other in higher:
+                if other[a - 1] > value or other[a] > value or other[a + 1] > value:
+                    new = False
+                    break
+            if not new:
+                continue
+        elif not _is_peak(score, j, g, a):
+            continue
+        found.append((j, g, a))
+        heights.append(-value)
+
+
+@numba.njit(cache=True)
 def _vertex(score: Any, j: int, g: int, a: int, offset: Any) -> float:
     """Vertex of the quadratic through the neighbourhood: fills offset (beta, gamma, alpha steps), gives its height."""
     v = np.empty((3, 3, 3))
@@ -162,10 +197,7 @@ def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count
         heights = [score[0, 0, 0] for _ in range(0)]
         for j in range(nb):
             for g in range(na):
-                for a in range(na):
-                    if _is_peak(score, j, g, a):
-                        found.append((j, g, a))
-                        heights.append(-score[j, g, a])
+                _peaks_of_row(score, j, g, found, heights)
         if len(found) == 0:  # constant all over, or a closed ridge of ties: any of the highest points is as good
             top = score.argmax()
             found.append((top // (na * na), top // na % na, top % na))

@@ -42,7 +42,7 @@ def test_sphere_grid_gives_back_the_coefficients(bandwidth, even, rng):
 
 
 def test_sphere_grid_integrates_products(oracles):
-    # Quadrature weights are in `analysis`: the column of Y_00 sums to the sphere's area times conj Y_00.
+    # Of 1 only Y_00 is left: its coefficient is the area of the sphere times conj Y_00.
     grid = harmonics.sphere_grid(12)
     one = grid.coefficients(np.ones(len(grid.directions), np.float32))
     expected = np.zeros_like(one)
