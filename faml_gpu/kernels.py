@@ -31,6 +31,7 @@ THREADS = {
     "residual": 256,
     "accumulate": 128,
     "assign": 256,
+    "cross": 256,
     "harmonics": 128,
     "so3_maxima": 256,
     "so3_select": 256,

@@ -168,12 +168,14 @@ class GridShiftBand(Band):
 
     def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:
         b, rotations = len(observation.spectra), _rotations(GRID_POSES)
-        weight = observation.weights[observation.weight_index] ** 2 * self.precision
-        weighted = weight * observation.spectra
+        weights, origin = observation.weights**2 * self.precision, np.zeros((b, 3))
         shifts = np.zeros((b, GRID_POSES, 3))
         for i, rotation in enumerate(rotations):
-            rotated = ops.rotate(reference.grid, rotation[None], observation.support.coords, reference.padding)
-            shifts[:, i], _ = self.window.best(np.ascontiguousarray(weighted * rotated.conj()))
+            crops, _ = ops.cross(
+                reference.grid, observation.spectra, weights, observation.weight_index, np.arange(b),
+                np.tile(rotation, (b, 1, 1)), origin, observation.support, reference.padding,
+            )  # fmt: skip
+            shifts[:, i], _ = self.window.best(crops)
         return Candidates(np.tile(rotations, (b, 1, 1, 1)), shifts, np.zeros((b, GRID_POSES)), np.full(b, GRID_POSES))
 
 

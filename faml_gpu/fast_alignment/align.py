@@ -386,23 +386,31 @@ def _best_shifts(
     """
     xp = namespace(observation.spectra)
     b, n = rotations.shape[:2]
-    weight = observation.weights[observation.weight_index] ** 2 * precision
-    weighted = weight * observation.spectra
-    own = 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
+    squared = observation.weights**2 * precision
+    own = 2 * (squared[observation.weight_index] * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
     shifts, correlation, gain = xp.zeros((b * n, 3)), xp.zeros(b * n), xp.full(b * n, -np.inf)
     # One list over all particles, in pieces that fill the device: few candidates of many particles cost no more.
     listed = np.nonzero(to_host(considered))
 
     def some(first: int) -> None:
-        particle, pose = (xp.asarray(index[first : first + window.at_once]) for index in listed)
-        rotated = ops.rotate(reference.grid, rotations[particle, pose], observation.support.coords, reference.padding)
+        particle, pose = (xp.asarray(np.ascontiguousarray(i[first : first + window.at_once])) for i in listed)
+        crops, power = ops.cross(
+            reference.grid,
+            observation.spectra,
+            squared,
+            observation.weight_index,
+            particle,
+            rotations[particle, pose],
+            xp.zeros((len(particle), 3)),
+            observation.support,
+            reference.padding,
+        )
         entry = particle * n + pose
-        shifts[entry], cross = window.best(weighted[particle] * rotated.conj())
-        power = 2 * (weight[particle] * abs(rotated) ** 2).sum(axis=1, dtype=np.float64)
+        shifts[entry], cross = window.best(crops)
         correlation[entry] = cross / xp.sqrt(xp.maximum(power * own[particle], np.finfo(np.float64).tiny))
         gain[entry] = cross - 0.5 * power
 
-    map_threads(some, range(0, len(listed[0]), window.at_once), weighted)
+    map_threads(some, range(0, len(listed[0]), window.at_once), squared)
     return shifts.reshape(b, n, 3), correlation.reshape(b, n), gain.reshape(b, n)
 
 

@@ -50,7 +50,7 @@ class SphereGrid:
         """
         xp, n = namespace(values), self.bandwidth
         along_phi = fft_module(values).rfft(values.reshape(-1, n, 2 * n), axis=-1)[..., :n]
-        by_m = xp.ascontiguousarray(along_phi.transpose(2, 0, 1)).astype(np.complex64, copy=False)  # [m, function, theta]
+        by_m = xp.ascontiguousarray(along_phi.transpose(2, 0, 1)).astype(np.complex64)  # [m, function, theta]
         parts = xp.stack([by_m.real, by_m.imag], axis=1).reshape(n, -1, n) @ self.legendre
         real, imaginary = parts.reshape(n, 2, -1, self.legendre.shape[2]).transpose(1, 2, 0, 3)
         return (real + 1j * imaginary).reshape(*values.shape[:-1], n, -1)

@@ -42,7 +42,7 @@ from faml_gpu.fast_alignment.align import (
 )
 from faml_gpu.fast_alignment.harmonics import sphere_grid
 from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
-from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
+from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.symmetry import point_group, unit_share
@@ -484,8 +484,7 @@ class _Scorer:
         support = self.observation.support
         line = spacing * np.arange(-reach, reach + 1)
         matrix = np.exp(2j * np.pi / support.box * line[:, None] * np.arange(-support.r_max, support.r_max + 1))
-        bare = shift_window(support, 0)
-        return replace(bare, matrix=to_device(matrix.astype(np.complex64), device_of(support.coords)))
+        return ShiftWindow(support, 0, to_device(matrix.astype(np.complex64), device_of(support.coords)), None)
 
     def score(self, particle: Array, rotations: Array, centre: Array, spacing: float, reach: int) -> tuple[Array, ...]:
         """For a list of n rotations the log of the integral over the shifts, best shifts, values there, spread, c1^2.
@@ -496,52 +495,58 @@ class _Scorer:
         o, window = self.observation, self._window(spacing, reach)
         n, t = len(particle), 2 * reach + 1
         line = spacing * xp.arange(-reach, reach + 1)
-        mass, spread, powers = xp.empty(n), xp.empty(n), xp.empty(n)
+        mass, spread, power = xp.empty(n), xp.empty(n), xp.empty(n)
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
         crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
-        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 3 * t**3 + 3 * len(o.support))))
+        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 2 * t**3)))
+        still = not bool((centre != 0).any())
+        about_origin = self._prior(centre[:1], line) if still else None
 
         def some(first: int) -> None:
             part = slice(first, first + at_once)
-            rotated = ops.rotate(self.reference.grid, rotations[part], o.support.coords, self.reference.padding)
-            weight = self.weight[o.weight_index[particle[part]]]
-            power = 2 * (weight * (rotated.real**2 + rotated.imag**2)).sum(axis=1, dtype=np.float64)
-            worth = -0.5 * power
-            if o.unseen is not None:
-                worth += interpolate(o.unseen.table, o.unseen.index[particle[part]], rotations[part])
-            cross = weight * o.spectra[particle[part]] * rotated.conj()
-            cross *= _shift_phases(o.support, centre[part])
-            x, y, z = ((centre[part, axis, None] + line) ** 2 for axis in range(3))  # (n, t)
-            squared = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
-            log_p = window.correlate(cross) - (squared / (2 * self.zeta**2)).astype(np.float32)
-            log_p = xp.where(squared <= self.radius**2, log_p, np.float32(-np.inf)).reshape(-1, t**3)
-            top = log_p.max(axis=1)
-            e = xp.exp(log_p - top[:, None])
-            total = e.sum(axis=1, dtype=np.float64)
-            mass[part] = top + xp.log(total) + 3 * np.log(spacing) + worth
-            powers[part] = power
-            spread[part] = total**2 / (e * e).sum(axis=1, dtype=np.float64)
-            row = xp.arange(len(log_p))
+            crops, power[part] = ops.cross(
+                self.reference.grid,
+                o.spectra,
+                self.weight,
+                o.weight_index,
+                particle[part],
+                rotations[part],
+                centre[part],
+                o.support,
+                self.reference.padding,
+            )
+            log_p = window.correlate(crops)
+            log_p += self._prior(centre[part], line) if about_origin is None else about_origin
+            log_p = log_p.reshape(-1, t**3)
+            row, left = xp.arange(len(log_p)), log_p if self.n_shifts == 1 else log_p.copy()
             for k in range(self.n_shifts):
-                best = log_p.argmax(axis=1)
+                best = left.argmax(axis=1)
                 index = xp.stack([best // (t * t), best // t % t, best % t], axis=1)
                 shift[part, k] = line[index] + centre[part]
-                value[part, k] = log_p[row, best] + worth
-                log_p[row, best] = -np.inf
+                value[part, k] = left[row, best]
+                if k + 1 < self.n_shifts:
+                    left[row, best] = -np.inf
+            log_p -= value[part, :1].astype(np.float32)
+            e = xp.exp(log_p, out=log_p)
+            total = e.sum(axis=1, dtype=np.float64)
+            mass[part] = value[part, 0] + xp.log(total) + 3 * np.log(spacing)
+            spread[part] = total**2 / xp.einsum("nt,nt->n", e, e)
 
         map_threads(some, range(0, n, at_once), particle)
-        return mass, shift, value, spread, powers
+        worth = -0.5 * power
+        if o.unseen is not None:
+            worth += interpolate(o.unseen.table, o.unseen.index[particle], rotations)
+        return mass + worth, shift, value + worth[:, None], spread, power
 
-
-def _shift_phases(support: Support, shifts: Array) -> Array:
-    """exp(2 pi i xi.t / N) on the support, (n, M) complex64, for shifts (n, 3)."""
-    xp = namespace(shifts)
-    if not bool((shifts != 0).any()):
-        return np.complex64(1)
-    k = xp.arange(-support.r_max, support.r_max + 1)
-    table = xp.exp((2j * np.pi / support.box) * shifts[:, :, None] * k).astype(np.complex64)
-    x, y, z = (table[:, axis, support.coords[:, axis] + support.r_max] for axis in range(3))
-    return x * y * z
+    def _prior(self, centre: Array, line: Array) -> Array:
+        """-|t|^2 / (2 zeta^2) at the shifts c + line, (n, T, T, T) float32; -inf beyond the radius."""
+        x, y, z = (((centre[:, axis, None] + line) ** 2).astype(np.float32) for axis in range(3))  # (n, t)
+        squared = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
+        # The shift at the very radius counts, rounded or not.
+        outside = squared > np.float32(self.radius**2 * (1 + 1e-6))
+        squared *= np.float32(-0.5 / self.zeta**2)
+        squared[outside] = -np.inf
+        return squared
 
 
 def integrate(
@@ -739,7 +744,7 @@ def _score_cells(
         entry = xp.asarray(particle * n + cell)
         rotations = cell_rotations(*(x.reshape(-1)[entry] for x in which))
         where = centre.reshape(-1, 3)[entry]
-        found = scorer.score(xp.asarray(particle), rotations, where, width, steps)
+        found = scorer.score(xp.asarray(np.ascontiguousarray(particle)), rotations, where, width, steps)
         mass[entry], shift[entry], value[entry], spread[entry], power[entry] = found
         mass[entry] += _log_share(rotations, scorer.group, scorer.slack)
     mass = mass - np.log(72.0) - level.reshape(-1) * np.log(8.0)

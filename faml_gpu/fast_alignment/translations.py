@@ -21,7 +21,6 @@ class ShiftWindow:
 
     support: Support
     radius: float
-    place: Array  # (M,) flat index of each voxel of S in the dense crop (r + 1, 2r + 1, 2r + 1), axes [x, y, z]
     matrix: Array  # (T, 2r + 1) complex64, exp(2 pi i k t / N)
     inside: Array  # (T, T, T) bool
 
@@ -31,32 +30,37 @@ class ShiftWindow:
         r = self.support.r_max
         return max(1, working_bytes(self.matrix, cached=True) // (8 * (2 * r + 1) ** 2 * (r + 1)))
 
-    def correlate(self, cross: Array) -> Array:
-        """c(t) = sum over S of C(xi) exp(2 pi i xi.t / N) for C (n, M): (n, T, T, T) float32, axes [n, x, y, z].
+    def crops(self, cross: Array) -> Array:
+        """Cross spectra (n, M) on S laid out as `ops.cross` does, (n, r + 1, 2r + 1, 2r + 1), 0 off S."""
+        r, d, n = self.support.r_max, 2 * self.support.r_max + 1, len(cross)
+        x, y, z = self.support.coords.T
+        dense = namespace(cross).zeros((n, r + 1, d, d), np.complex64)
+        dense[:, x, y + r, z + r] = cross
+        return dense
+
+    def correlate(self, crops: Array) -> Array:
+        """c(t) = sum over S of C(xi) exp(2 pi i xi.t / N) for C laid out as crops: (n, T, T, T) float32, [n, x, y, z].
 
         The first product, which is most of the work, is one large GEMM however few functions there are.
         """
-        xp = namespace(cross)
-        r, d, n = self.support.r_max, 2 * self.support.r_max + 1, len(cross)
-        dense = xp.zeros((n, (r + 1) * d * d), np.complex64)
-        dense[:, self.place] = cross
+        r, d, n = self.support.r_max, 2 * self.support.r_max + 1, len(crops)
         t = len(self.matrix)
-        out = dense.reshape(n * (r + 1) * d, d) @ self.matrix.T
+        out = crops.reshape(n * (r + 1) * d, d) @ self.matrix.T
         out = self.matrix @ out.reshape(n * (r + 1), d, t)
         out = self.matrix[:, r:] @ out.reshape(n, r + 1, t * t)
         return 2 * out.real.reshape(n, t, t, t)
 
-    def best(self, cross: Array) -> tuple[Array, Array]:
+    def best(self, crops: Array) -> tuple[Array, Array]:
         """Shifts (n, 3) float64 in voxels (x, y, z) and the correlation (n,) at each maximum.
 
         Refined by a parabola along each axis where both neighbours were computed.
         """
-        xp = namespace(cross)
-        n, t = len(cross), len(self.matrix)
+        xp = namespace(crops)
+        n, t = len(crops), len(self.matrix)
         chunk = self.at_once
         shifts, values = xp.zeros((n, 3)), xp.zeros(n)
         for start in range(0, n, chunk):
-            c = self.correlate(cross[start : start + chunk])
+            c = self.correlate(crops[start : start + chunk])
             row = xp.arange(len(c))
             top = xp.where(self.inside, c, -np.inf).reshape(-1, t**3).argmax(axis=1)
             index = xp.stack([top // (t * t), top // t % t, top % t])  # x, y, z
@@ -83,11 +87,9 @@ class ShiftWindow:
 def shift_window(support: Support, radius: float) -> ShiftWindow:
     """The window of shifts up to `radius` voxels."""
     r, n, device = support.r_max, support.box, device_of(support.coords)
-    c = support.coords.astype(np.int64)
-    place = (c[:, 0] * (2 * r + 1) + c[:, 1] + r) * (2 * r + 1) + c[:, 2] + r
     reach = int(np.floor(radius))
     t = np.arange(-reach, reach + 1)
     matrix = np.exp(2j * np.pi / n * t[:, None] * np.arange(-r, r + 1)).astype(np.complex64)
     x, y, z = np.meshgrid(t, t, t, indexing="ij")
     inside = x * x + y * y + z * z <= radius * radius
-    return ShiftWindow(support, radius, place, to_device(matrix, device), to_device(inside, device))
+    return ShiftWindow(support, radius, to_device(matrix, device), to_device(inside, device))

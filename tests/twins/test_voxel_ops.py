@@ -1,4 +1,4 @@
-"""rotate, residual and accumulate on every executor, against float64 sums written out."""
+"""rotate, residual, cross and accumulate on every executor, against float64 sums written out."""
 
 import numpy as np
 import pytest
@@ -139,6 +139,42 @@ def test_residual_of_an_exact_model_is_rounding(run, rng, oracles):
     assert run("residual", *c.values()).sum() < 1e-10 * 2 * (np.abs(a) ** 2).sum()
 
 
+def cross_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries):
+    c = case(oracles, rng, box, r_max, padding, dtype, n_particles, 1)
+    return {name: c[name] for name in ("grid", "spectra", "weights", "weight_index")} | {
+        "particle": rng.integers(0, n_particles, n_entries),
+        "rotations": random_rotations(n_entries, rng),
+        # Of three entries one about the origin: the loop has a short way there.
+        "centres": rng.uniform(-3, 3, (n_entries, 3)) * (np.arange(n_entries) % 3 > 0)[:, None],
+        "support": c["support"],
+        "padding": padding,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
+@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 7), (1, 1), (2, 0)])
+def test_cross(run, n_particles, n_entries, box, r_max, padding, dtype, rng, oracles):
+    c = cross_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries)
+    crops, power = run("cross", *c.values())
+    xi = c["support"].coords
+    cube = oracles.cube_of_grid(c["grid"].astype(complex))
+    expected = np.zeros((n_entries, r_max + 1, 2 * r_max + 1, 2 * r_max + 1), complex)
+    expected_power = np.zeros(n_entries)
+    for e, (b, r, t) in enumerate(zip(c["particle"], c["rotations"], c["centres"], strict=True)):
+        v = c["weights"][c["weight_index"][b]].astype(float)
+        a = oracles.sample(cube, padding * (xi.astype(float) @ r))  # A(R^T xi)
+        values = v * c["spectra"][b] * a.conj() * np.conj(oracles.phase(xi.astype(float), t, box))
+        expected[e, xi[:, 0], xi[:, 1] + r_max, xi[:, 2] + r_max] = values
+        expected_power[e] = 2 * (v * abs(a) ** 2).sum()
+    assert crops.dtype == dtype
+    assert crops.shape == expected.shape
+    assert power.dtype == np.float64
+    assert np.linalg.norm(crops - expected) <= BOUND[dtype] * np.linalg.norm(expected)
+    assert np.linalg.norm(power - expected_power) <= BOUND[dtype] * np.linalg.norm(expected_power)
+    assert (crops[expected == 0] == 0).all()
+
+
 def accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries):
     weight = [oracles.random_grid(rng, r_max + 1, real=True) for _ in range(2)]
     return {
@@ -189,6 +225,7 @@ def test_accumulate_adds_in_the_order_of_the_list(run, rng, oracles):
 
 
 WRONG_RESIDUAL = ["spectra", "weights", "weight_index", "rotations", "shifts", "count"]
+WRONG_CROSS = ["spectra", "weights", "weight_index", "particle", "rotations", "centres"]
 WRONG_ACCUMULATE = ["weight_index", "particle", "class_index", "rotations", "shifts", "probability"]
 
 
@@ -211,6 +248,19 @@ def test_residual_refuses(run, name, how, rng, oracles):
 
 
 @pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
+@pytest.mark.parametrize("name", WRONG_CROSS)
+def test_cross_refuses(run, name, how, rng, oracles):
+    c = cross_case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    if (name, how) == ("particle", "shape"):
+        c["rotations"] = c["rotations"][:-1]  # the length of `particle` is what the others are held against
+        name = "rotations"
+    else:
+        c[name] = spoiled(c[name], how)
+    with pytest.raises((TypeError, ValueError), match=name):
+        run("cross", *c.values())
+
+
+@pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
 @pytest.mark.parametrize("name", WRONG_ACCUMULATE)
 def test_accumulate_refuses(run, name, how, rng, oracles):
     c = accumulate_case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
@@ -230,12 +280,14 @@ def test_rotate_refuses_rotations(run, how, rng, oracles):
         run("rotate", grid, spoiled(random_rotations(3, rng), how), rng.standard_normal((4, 3)), 1)
 
 
-@pytest.mark.parametrize("op", ["rotate", "residual", "accumulate"])
+@pytest.mark.parametrize("op", ["rotate", "residual", "cross", "accumulate"])
 def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
     if op == "rotate":
         c = {"grid": oracles.random_grid(rng, 5), "r": random_rotations(3, rng), "c": np.zeros((4, 3)), "p": 1}
     elif op == "residual":
         c = case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
+    elif op == "cross":
+        c = cross_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
     else:
         c = accumulate_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
     name = next(iter(c))
@@ -254,12 +306,13 @@ def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
         ("accumulate", "weight_grids", lambda a: a[:, :-2, :-2, :-1].copy()),
         ("accumulate", "grids", lambda a: a[:, :-1].copy()),
         ("accumulate", "grids", lambda a: a[:, :-2, :-2, :-1].copy()),
+        ("cross", "grid", lambda a: a[:-2, :-2, :-1].copy()),
         ("residual", "grid", lambda a: a[:-1].copy()),
         ("residual", "grid", lambda a: a[:-2, :-2, :-1].copy()),
     ],
 )
 def test_grids_of_another_size_or_type_are_refused(run, op, name, spoil, rng, oracles):
-    make = accumulate_case if op == "accumulate" else case
+    make = {"accumulate": accumulate_case, "cross": cross_case}.get(op, case)
     c = make(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
     c[name] = spoil(c[name])
     with pytest.raises((TypeError, ValueError), match=name):
