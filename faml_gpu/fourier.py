@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.array_backend import Array, fft_module, namespace, to_device
+from faml_gpu.array_backend import Array, fft_module, map_threads, namespace, on_host, to_device
 
 __all__ = [
     "Support",
@@ -180,13 +179,41 @@ def interpolation_grid(volumes: Array, r_max: int, padding: int, *, compensate: 
         line = xp.sinc((xp.arange(n) - n // 2) / size) ** 2
         kernel = line[:, None, None] * line[:, None] * line
         volumes = volumes / kernel.astype(volumes.dtype)
-    padded = xp.zeros((*volumes.shape[:-3], size, size, size), volumes.dtype)
-    # The origin, voxel N//2, goes to index 0, and what lies before it to the far end.
-    half = n // 2
-    parts = (slice(half, None), slice(0, n - half)), (slice(0, half), slice(size - half, None))
-    for (z, to_z), (y, to_y), (x, to_x) in product(parts, repeat=3):
-        padded[..., to_z, to_y, to_x] = volumes[..., z, y, x]
-    return _crop(fft_module(padded).rfftn(padded, axes=(-3, -2, -1)), padding * r_max + 1)
+    c = padding * r_max + 1
+    if on_host(volumes) and volumes.ndim > 3 and len(volumes):
+        # One by one: a few stay in the caches, and the threads have something to share.
+        flat = volumes.reshape(-1, n, n, n)
+        grids = np.stack(map_threads(lambda volume: _padded_transform(volume, size, c), flat, volumes))
+        return grids.reshape(*volumes.shape[:-3], *grids.shape[1:])
+    return _padded_transform(volumes, size, c)
+
+
+def _padded_transform(volumes: Array, size: int, c: int) -> Array:
+    """Centred half transforms of width c of volumes (..., N, N, N) padded to `size`, axis by axis.
+
+    What is 0 before and what is cut off after each axis is left out: half the work of transforming the padded cube.
+    """
+    fft, take = fft_module(volumes), namespace(volumes).arange(-c, c + 1) % size
+    along_x = fft.rfft(_padded(volumes, -1, size), axis=-1)
+    width = min(c, along_x.shape[-1] - 1) + 1  # beyond the stored band (padding 1 only) there is nothing
+    along_y = fft.fft(_padded(along_x[..., :width], -2, size), axis=-2, overwrite_x=True)
+    # Axes [y, z, x] for a while: lines along an axis with others inside are transformed faster if these are few.
+    turned = along_y.swapaxes(-3, -2)[..., take, :, :]
+    along_z = fft.fft(_padded(turned, -2, size), axis=-2, overwrite_x=True).swapaxes(-3, -2)[..., take, :, :]
+    out = namespace(volumes).zeros((*along_z.shape[:-1], c + 1), along_z.dtype)
+    out[..., :width] = along_z
+    return out
+
+
+def _padded(array: Array, axis: int, size: int) -> Array:
+    """Zeros beside an axis (-3 to -1): the origin, voxel N//2, goes to index 0, what lies before it to the far end."""
+    n = array.shape[axis]
+    shape = list(array.shape)
+    shape[axis] = size
+    out, after = namespace(array).zeros(shape, array.dtype), (slice(None),) * (-1 - axis)
+    out[(..., slice(0, n - n // 2), *after)] = array[(..., slice(n // 2, None), *after)]
+    out[(..., slice(size - n // 2, None), *after)] = array[(..., slice(0, n // 2), *after)]
+    return out
 
 
 def weight_grid(weights: Array, r_max: int) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = [
     "MAX_ROWS",
+    "MAX_THREADS",
     "SHARED_BYTES",
     "THREADS",
     "compile_all",
@@ -25,7 +26,8 @@ __all__ = [
     "source",
 ]
 
-# Threads of a block, at most MAX_THREADS of common.cuh; a multiple of 32, of so3_select a power of 2.
+MAX_THREADS = 256  # of a block: that of common.cuh, for which the compiler leaves registers
+# Threads of a block of each kernel, at most MAX_THREADS; a multiple of 32, of so3_select a power of 2.
 THREADS = {
     "rotate": 256,
     "residual": 256,
@@ -142,6 +144,8 @@ def launch(
         raise TypeError(f"kernel {kernel}: found {len(arguments)} arguments, expected {len(expected)}")
     if shared > SHARED_BYTES:
         raise ValueError(f"kernel {kernel}: found {shared} bytes of shared memory, expected at most {SHARED_BYTES}")
+    if THREADS[kernel] > MAX_THREADS:
+        raise ValueError(f"kernel {kernel}: found {THREADS[kernel]} threads a block, expected at most {MAX_THREADS}")
     device = cupy.cuda.Device().id
     passed = []
     for value, p in zip(arguments, expected, strict=True):

@@ -31,7 +31,7 @@ from faml_gpu.ops._trilinear import sample_complex
 Array = Any
 PADDING = 2
 GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
-BLOCK_SIZES = (64, 128, 256, 512)
+BLOCK_SIZES = (64, 128, 256)  # kernels.MAX_THREADS at most
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,12 @@ def benchmark(name: str, description: str | None, validate: Callable[[Setting], 
         if not off <= within:
             raise SystemExit(f"{name}: wrong, not timed")
         report = Report(name, setting, Machine.measured(setting))
-        yield setting, report
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report.content(), indent=1) + "\n", encoding="utf-8")
+        try:
+            yield setting, report
+        finally:  # what was measured before an error is kept
+            if args.json is not None:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(report.content(), indent=1) + "\n", encoding="utf-8")
 
 
 def random_grid(rng: np.random.Generator, r_max: int) -> np.ndarray[Any, Any]:

@@ -36,7 +36,8 @@ __all__ = [
 # c1^2 is a truncated harmonic series: where it should be near 0 it may ring below. Floor, relative to its maximum.
 FLOOR = 1e-3
 SCREEN_R = 12  # band at which poses are compared first, so wide that poses as far apart as candidates are told apart
-SCREENED = 1.5  # times that: bands from which on it pays
+SCREEN_SHARE = 0.6  # of narrower bands: a fifth of the voxels
+SCREENED = 10  # bands from which on it pays
 KEPT_BYTES = 1 << 28  # kept by weight for later batches: memory must not grow with the number of weights
 
 
@@ -188,7 +189,7 @@ def screen_band(r_max: int) -> int | None:
     The likelihood ratio of a wrong pose to the right one has mean 1 in any set of shells: that it is e^30 in the inner
     ones has a probability of e^-30 (Markov's inequality), whatever the outer ones hold.
     """
-    return SCREEN_R if r_max >= SCREENED * SCREEN_R else None
+    return min(SCREEN_R, round(SCREEN_SHARE * r_max)) if r_max >= SCREENED else None
 
 
 def make_reference(grid: Array, padding: int, r_max: int, bandwidth: int) -> Reference:

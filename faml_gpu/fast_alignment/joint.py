@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -475,6 +475,12 @@ class _Scorer:
             fine=observation.support.box / (FINE_STEP * r_max),
         )
 
+    @cached_property
+    def coarse(self) -> _Scorer | None:
+        """That of the inner shells, by which cells are compared first; None where that does not pay."""
+        inner = screen_band(self.observation.support.r_max)
+        return None if inner is None else self.within(inner)
+
     @property
     def reach(self) -> int:
         """Points of the lattice to either side that cover all shifts."""
@@ -621,7 +627,7 @@ def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> tuple[_Cells, Ar
     """The cells of the first level that hold the mass, scored, and the log of how much of it they hold (B,)."""
     observation, reference = scorer.observation, scorer.reference
     xp = namespace(observation.spectra)
-    support, b = observation.support, len(observation.spectra)
+    b = len(observation.spectra)
     with step("joint: cells"):
         level = _first_level(reference.bandwidth)
         pixel, turn, part, places, weights = _first_cells(
@@ -638,8 +644,9 @@ def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> tuple[_Cells, Ar
         worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
         first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen])
         centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
-        if (inner := screen_band(support.r_max)) is not None:
-            worth, centre, reach = _screen(scorer.within(inner), scorer, first, worth)
+        if (coarse := scorer.coarse) is not None:
+            cells, worth = _screen(coarse, first, worth, centre, xp.full(chosen.shape, coarse.reach))
+            centre, reach = _near(coarse, scorer, cells, worth)
         return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach), log_share
 
 
@@ -664,6 +671,8 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         kin = tuple(x.reshape(b, -1) for x in kin)
         spacing = xp.broadcast_to(spacing, kin_worth.shape)
         reach = xp.where(spacing < scorer.fine, min(scorer.reach, LOCAL_REACH), scorer.reach)
+        if (coarse := scorer.coarse) is not None:
+            _, kin_worth = _screen(coarse, kin, kin_worth, centre, xp.ceil(reach * spacing / coarse.fine).astype(int))
         children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
         rows = xp.arange(b)[:, None]
         cells.mass[rows, parents] = xp.where(worth, -np.inf, cells.mass[rows, parents])
@@ -708,23 +717,28 @@ def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
 
 
-def _screen(coarse: _Scorer, scorer: _Scorer, which: tuple[Array, ...], worth: Array) -> tuple[Array, Array, Array]:
-    """Which cells (B, n) of the first level are not far behind, judged by the band that their width allows, `coarse`.
+def _screen(
+    coarse: _Scorer, which: tuple[Array, ...], worth: Array, centre: Array, reach: Array
+) -> tuple[_Cells, Array]:
+    """Cells (B, n) scored by the inner shells, `coarse`, and which of them are not far behind the best by that."""
+    xp = namespace(worth)
+    cells = _score_cells(coarse, which, worth, centre, xp.full(worth.shape, coarse.fine), reach)
+    best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
+    return cells, worth & (cells.mass > best - (15 + 0.05 * xp.maximum(gain, 0)))
 
-    And about which shifts (B, n, 3) the posterior lies by that, and how far to either side of them it reaches (B, n),
-    in steps of the whole band's lattice.
+
+def _near(coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array) -> tuple[Array, Array]:
+    """About which shifts (B, n, 3) the posterior lies, and how far to either side of them it reaches (B, n).
+
+    By what the inner shells say of cells; in steps of the whole band's lattice.
     """
     xp = namespace(worth)
-    centre, spacing = xp.zeros((*worth.shape, 3)), xp.full(worth.shape, coarse.fine)
-    cells = _score_cells(coarse, which, worth, centre, spacing, xp.full(worth.shape, coarse.reach))
-    best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
-    worth = worth & (cells.mass > best - (15 + 0.05 * xp.maximum(gain, 0)))
     narrow = xp.where(worth, cells.spread, 1).max(axis=1, keepdims=True) < 6
     near = min(scorer.reach, int(np.ceil(SCREEN_STEPS * coarse.fine / scorer.fine)))
     reach = xp.broadcast_to(xp.where(narrow, near, scorer.reach), worth.shape)
     # On the points of the lattice that covers all shifts: the sum is that over these, less what is 0.
     centre = scorer.fine * xp.rint(cells.shift[:, :, 0] / scorer.fine)
-    return worth, xp.where((reach < scorer.reach)[..., None], centre, 0), reach
+    return xp.where((reach < scorer.reach)[..., None], centre, 0), reach
 
 
 def _score_cells(

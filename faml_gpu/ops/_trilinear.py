@@ -7,7 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["sample_complex", "sample_real"]
+__all__ = ["U", "sample_complex", "sample_real"]
 
 # Numba adds float32 and integers in float64, and asks of every signed index whether it is negative: numbers of the
 # coordinates' own type and unsigned indices make these loops twice as fast. (Numba keeps what it compiled by the date

@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import sample_complex
+from faml_gpu.ops._trilinear import U, sample_complex
 
 __all__ = ["cross"]
 
@@ -91,8 +91,8 @@ def _cross_cpu(
         centres,
         support.coords,
         support.box,
-        support.r_max,
-        real_view(crops),
+        np.int32(support.r_max),
+        real_view(crops.reshape(len(particle), (support.r_max + 1) * side**2)),
         power,
     )
     return crops, power
@@ -148,22 +148,23 @@ def _cross_loop(
     centres: Any,
     coords: Any,
     box: int,
-    r_max: int,
+    r_max: Any,
     crops: Any,
     power: Any,
 ) -> None:
-    c = grid.shape[2] - 1
+    c, side = grid.shape[2] - 1, U(2 * r_max + 1)
     real = type(rotations[0, 0, 0])
     for e in numba.prange(len(particle)):
         r, centre, crop = rotations[e], centres[e], crops[e]
         crop[:] = 0
         still = centre[0] == 0 and centre[1] == 0 and centre[2] == 0
         phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
-        for axis in range(3):
-            for k in range(-r_max, r_max + 1):
-                angle = 2 * np.pi * k * centre[axis] / box
-                phase[axis, k + r_max, 0] = np.cos(angle)
-                phase[axis, k + r_max, 1] = np.sin(angle)
+        if not still:
+            for axis in range(3):
+                for k in range(-r_max, r_max + 1):
+                    angle = 2 * np.pi * k * centre[axis] / box
+                    phase[axis, k + r_max, 0] = np.cos(angle)
+                    phase[axis, k + r_max, 1] = np.sin(angle)
         x_particle, w_particle = spectra[particle[e]], weights[weight_index[particle[e]]]
         total = 0.0
         for j in range(coords.shape[0]):
@@ -182,12 +183,12 @@ def _cross_loop(
             total += w * (re * re + im * im)
             xr, xi = x_particle[j, 0], x_particle[j, 1]
             a, b = w * (xr * re + xi * im), w * (xi * re - xr * im)
-            ux, uy, uz = np.uint32(kx), np.uint32(ky + r_max), np.uint32(kz + r_max)
-            if still:
-                crop[ux, uy, uz, 0], crop[ux, uy, uz, 1] = a, b
-                continue
-            px, py = phase[0, kx + r_max], phase[1, uy]
-            qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-            pr, pi = qr * phase[2, uz, 0] - qi * phase[2, uz, 1], qr * phase[2, uz, 1] + qi * phase[2, uz, 0]
-            crop[ux, uy, uz, 0], crop[ux, uy, uz, 1] = a * pr - b * pi, a * pi + b * pr
+            ux, uy, uz = U(kx), U(ky + r_max), U(kz + r_max)
+            if not still:
+                px, py, pz = phase[0, U(kx + r_max)], phase[1, uy], phase[2, uz]
+                qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
+                pr, pi = qr * pz[0] - qi * pz[1], qr * pz[1] + qi * pz[0]
+                a, b = a * pr - b * pi, a * pi + b * pr
+            place = U(U(U(ux * side) + uy) * side) + uz
+            crop[U(place), 0], crop[U(place), 1] = a, b
         power[e] = 2 * total

@@ -121,9 +121,10 @@ def test_the_inner_shells_of_an_observation(scene):
 
 
 def test_from_which_band_on():
-    assert screen_band(ALIGN.SCREEN_R) is None
-    assert screen_band(17) is None
-    assert screen_band(18) == ALIGN.SCREEN_R
+    assert screen_band(ALIGN.SCREENED - 1) is None
+    assert screen_band(ALIGN.SCREENED) == 6
+    assert screen_band(15) == 9
+    assert screen_band(31) == ALIGN.SCREEN_R
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_from_which_band_on():
 )
 def test_who_screens(options, expected, rng, monkeypatch):
     """Not the paper, nor where the best is that of highest correlation, which is no likelihood."""
-    monkeypatch.setattr(ALIGN, "SCREEN_R", 4)
+    monkeypatch.setattr(ALIGN, "SCREENED", 6)
     particles = ArrayParticles(rng.standard_normal((3, 16, 16, 16)).astype(np.float32), 10.0)
     plan = Plan.make(particles, Options(mask_radius=50, **options))
     state = State(0, np.zeros((1, 16, 16, 16), np.float32), np.ones(1), np.ones(8), 1.0)

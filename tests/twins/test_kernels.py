@@ -119,6 +119,16 @@ def test_the_launcher_counts_arguments_and_shared_memory(emulated_gpu):
         kernels.launch("rotate", np.float32, (1, 2), rotate_arguments(cupy), shared=49153)
 
 
+def test_the_launcher_refuses_larger_blocks_than_compiled_for(emulated_gpu, monkeypatch):
+    import cupy
+
+    assert f"MAX_THREADS = {kernels.MAX_THREADS};" in (kernels.folder() / "common.cuh").read_text()
+    monkeypatch.setitem(kernels.THREADS, "rotate", 2 * kernels.MAX_THREADS)
+    with pytest.raises(ValueError, match="rotate: found 512 threads a block, expected at most 256"):
+        kernels.launch("rotate", np.float32, (1, 2), rotate_arguments(cupy))
+    assert not emulated_gpu.launches
+
+
 def test_the_launcher_refuses_arrays_of_another_device(emulator):
     with emulator.installed(devices=2):
         import cupy

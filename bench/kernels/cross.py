@@ -1,0 +1,76 @@
+"""Cross spectra of the shift search, `ops.cross`: python bench/kernels/cross.py [--device cuda] [--quick]."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from common import (
+    GATHER_FLOPS,
+    PADDING,
+    Setting,
+    benchmark,
+    gather_seconds,
+    random_grid,
+    support_on,
+    trilinear,
+    wedge,
+    whole,
+)
+
+from faml_gpu import ops
+from faml_gpu.array_backend import to_host
+from faml_gpu.fourier import Support
+from faml_gpu.geometry import random_rotations
+
+FLOPS = GATHER_FLOPS + 30  # power 4, product with the particle and its weight 8, phase 12, product with it 6
+
+
+def entries(rng: np.random.Generator, b: int, n: int, support: Support) -> tuple[np.ndarray, ...]:
+    """Spectra, the weights of a wedge of +-60 degrees, and n rotations of each of b particles about a shift."""
+    m = len(support)
+    spectra = (rng.standard_normal((b, m)) + 1j * rng.standard_normal((b, m))).astype(np.complex64)
+    particle = np.repeat(np.arange(b), n)
+    centres = rng.uniform(-2, 2, (b * n, 3))
+    return spectra, wedge(support)[None], np.zeros(b, np.int64), particle, random_rotations(b * n, rng), centres
+
+
+def validate(setting: Setting) -> float:
+    rng = np.random.default_rng(1)
+    support, grid = support_on(setting, 16), random_grid(rng, 7)
+    spectra, weights, _, particle, rotations, centres = given = entries(rng, 2, 3, support)
+    crops, power = map(to_host, ops.cross(*map(setting.put, (grid, *given[:6])), support, PADDING))
+    xi = to_host(support.coords)
+    expected, expected_power = np.zeros_like(crops, np.complex128), np.zeros(len(power))
+    for e, (b, r, c) in enumerate(zip(particle, rotations, centres, strict=True)):
+        turned = trilinear(whole(grid), PADDING * xi.astype(float) @ r)
+        moved = weights[0] * spectra[b] * turned.conj() * np.exp(2j * np.pi / 16 * xi @ c)
+        expected[e, xi[:, 0], xi[:, 1] + 7, xi[:, 2] + 7] = moved
+        expected_power[e] = 2 * (weights[0] * abs(turned) ** 2).sum()
+    off = abs(crops - expected).max() / abs(expected).max(), abs(power / expected_power - 1).max()
+    return float(max(off))
+
+
+def main() -> None:
+    with benchmark("cross", __doc__, validate, 1e-5) as (setting, report):
+        for box in setting.boxes(32, 64, 128):
+            rng = np.random.default_rng(box)
+            support = support_on(setting, box)
+            m, n = len(support), 16
+            b = max(1, 10**6 // (n * m)) * (1 if setting.device == "cpu" else 40)
+            grid = setting.put(random_grid(rng, support.r_max))
+            given = tuple(map(setting.put, entries(rng, b, n, support)))
+            gather = gather_seconds(setting, grid, given[4], support)
+            seen = float(given[1].mean())  # voxels without weight are skipped
+            samples, crop = b * n * m * seen, 8 * b * n * (support.r_max + 1) * (2 * support.r_max + 1) ** 2
+            for block in setting.blocks("cross"):
+                work = partial(ops.cross, grid, *given, support, PADDING)
+                report.add(
+                    setting.seconds(work), moved=grid.nbytes + given[0].nbytes + given[1].nbytes + crop,
+                    flops=FLOPS * samples, gathers=None if gather is None else gather * samples,
+                    box=box, entries=b * n, **block,
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
