@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import scipy.fft
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from faml_gpu.errors import InputError
+from faml_gpu.profile import timed
 
 __all__ = [
     "Array",
@@ -198,7 +200,9 @@ def map_threads(work: Callable[[Item], Done], items: Sequence[Item], array: Arra
     if count < 2 or not on_host(array) or not _numba_is_threadsafe():
         return [work(item) for item in items]
     with _libraries().limit(limits=1), ThreadPoolExecutor(count, initializer=partial(numba.set_num_threads, 1)) as pool:
-        return list(pool.map(work, items))
+        # Each in a copy of the context, so that what is profiled here is there too.
+        contexts = [copy_context() for _ in items]
+        return list(pool.map(lambda context, item: context.run(work, item), contexts, items))
 
 
 @lru_cache(maxsize=1)
@@ -225,13 +229,14 @@ def _nothing(x: Any) -> None:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """A profiler (NVTX) range around a step of the algorithm; nothing where CuPy is not in use."""
+    """A step of the algorithm: timed for `--profile`, and an NVTX range for NVIDIA's profilers where CuPy is in use."""
     cupy = sys.modules.get("cupy")
-    if cupy is None:
-        yield
-        return
-    cupy.cuda.nvtx.RangePush(name)
-    try:
-        yield
-    finally:
-        cupy.cuda.nvtx.RangePop()
+    with timed(name):
+        if cupy is None:
+            yield
+            return
+        cupy.cuda.nvtx.RangePush(name)
+        try:
+            yield
+        finally:
+            cupy.cuda.nvtx.RangePop()

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.array_backend import Array, fft_module, map_threads, namespace, on_host, to_device
+from faml_gpu.profile import tally
 
 __all__ = [
     "Support",
@@ -200,6 +201,8 @@ def _padded_transform(volumes: Array, size: int, c: int) -> Array:
     # Axes [y, z, x] for a while: lines along an axis with others inside are transformed faster if these are few.
     turned = along_y.swapaxes(-3, -2)[..., take, :, :]
     along_z = fft.fft(_padded(turned, -2, size), axis=-2, overwrite_x=True).swapaxes(-3, -2)[..., take, :, :]
+    lines = volumes.size + 2 * (along_y.size + turned.size // turned.shape[-2] * size)  # 2.5 of real, 5 of complex data
+    tally(volumes, along_z, flops=2.5 * lines * np.log2(size))
     out = namespace(volumes).zeros((*along_z.shape[:-1], c + 1), along_z.dtype)
     out[..., :width] = along_z
     return out

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 from common import (
-    GATHER_FLOPS,
     PADDING,
     Setting,
     benchmark,
@@ -21,10 +20,8 @@ from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import random_rotations
+from faml_gpu.ops.accumulate import FLOPS
 
-FLOPS = (
-    GATHER_FLOPS + 24 + 22
-)  # the weight's own gather 24, phase 12, its product 6, the two sums 6 less what is shared
 POSES = 10  # that carry mass, of a particle
 
 

@@ -10,10 +10,10 @@ from common import Setting, benchmark
 from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.geometry import random_rotations
+from faml_gpu.ops.assign import FLOPS
 
 WEIGHT = 0.1
 CANDIDATES = 50
-FLOPS = 28  # trace 18, distance of the shifts 9, comparison 1
 
 
 def poses(rng: np.random.Generator, points: int, b: int, n: int) -> tuple[np.ndarray, ...]:

@@ -30,7 +30,6 @@ from faml_gpu.ops._trilinear import sample_complex
 
 Array = Any
 PADDING = 2
-GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
 BLOCK_SIZES = (64, 128, 256)  # kernels.MAX_THREADS at most
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 from common import (
-    GATHER_FLOPS,
     PADDING,
     Setting,
     benchmark,
@@ -22,8 +21,7 @@ from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import random_rotations
-
-FLOPS = GATHER_FLOPS + 30  # power 4, product with the particle and its weight 8, phase 12, product with it 6
+from faml_gpu.ops.cross import FLOPS
 
 
 def entries(rng: np.random.Generator, b: int, n: int, support: Support) -> tuple[np.ndarray, ...]:

@@ -10,8 +10,7 @@ from scipy.special import sph_harm_y
 
 from faml_gpu import ops
 from faml_gpu.array_backend import to_host
-
-FLOPS = 6  # of each (l, m): two products and a difference of the recurrence, the two parts and a sign
+from faml_gpu.ops.harmonics import FLOPS
 
 
 def validate(setting: Setting) -> float:

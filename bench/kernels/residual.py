@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 from common import (
-    GATHER_FLOPS,
     PADDING,
     Setting,
     benchmark,
@@ -22,8 +21,8 @@ from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import random_rotations
+from faml_gpu.ops.residual import FLOPS
 
-FLOPS = GATHER_FLOPS + 26  # phase 12, its product with the sample 6, difference 2, weight 2, squares and sums 4
 POSES = 50
 
 

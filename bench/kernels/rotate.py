@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from common import GATHER_FLOPS, PADDING, Setting, benchmark, gather_seconds, random_grid, support_on, trilinear, whole
+from common import PADDING, Setting, benchmark, gather_seconds, random_grid, support_on, trilinear, whole
 
 from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.geometry import random_rotations
+from faml_gpu.ops._trilinear import GATHER_FLOPS
 
 
 def validate(setting: Setting) -> float:

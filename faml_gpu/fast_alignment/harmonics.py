@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, device_of, fft_module, free_memory, namespace, on_host, to_device
 from faml_gpu.fourier import Support, make_support
+from faml_gpu.profile import tally
 
 __all__ = ["ShellHarmonics", "SphereGrid", "degrees", "forget_tables", "shell_harmonics", "sphere_grid"]
 
@@ -52,6 +53,7 @@ class SphereGrid:
         along_phi = fft_module(values).rfft(values.reshape(-1, n, 2 * n), axis=-1)[..., :n]
         by_m = xp.ascontiguousarray(along_phi.transpose(2, 0, 1)).astype(np.complex64)  # [m, function, theta]
         parts = xp.stack([by_m.real, by_m.imag], axis=1).reshape(n, -1, n) @ self.legendre
+        tally(values, self.legendre, parts, flops=2 * parts.size * n + 2.5 * values.size * np.log2(2 * n))
         real, imaginary = parts.reshape(n, 2, -1, self.legendre.shape[2]).transpose(1, 2, 0, 3)
         return (real + 1j * imaginary).reshape(*values.shape[:-1], n, -1)
 
@@ -141,6 +143,7 @@ class ShellHarmonics:
             for sums, part, table in zip(out, parts, tables, strict=True):
                 some = part[:, orbits]
                 both = xp.concatenate([some * (1 - upper), some * upper]) @ table
+                tally(some, table, both, flops=2 * both.size * len(table))
                 sums[0, r - 1] += both[:b]
                 sums[1, r] += both[b:]
         n_l = len(degrees(self.bandwidth))

@@ -45,6 +45,7 @@ from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
+from faml_gpu.profile import tally
 from faml_gpu.symmetry import point_group, unit_share
 
 __all__ = [
@@ -135,6 +136,7 @@ class PhaseHarmonics:
                 (slice(n_even, n_even + n_odd), odd, values[start:stop].imag),
             ):
                 sums = (table @ xp.ascontiguousarray(part)).reshape(2, 2, -1, n)
+                tally(table, part, sums, flops=2 * sums.size * len(part))
                 out[s, :, rows] += sums[0]
                 out[s + 1, :, rows] += sums[1]
         out = out[: self.n_shells]
@@ -333,6 +335,7 @@ def _place(p: Array, q: Array, bandwidth: int) -> Array:
     xp = namespace(p)
     pairs = _pairs(bandwidth)
     t = q @ xp.ascontiguousarray(p.transpose(1, 0, 2))
+    tally(p, q, t, flops=8 * t.size * len(p))
     out = xp.zeros((2 * bandwidth, bandwidth + 1, bandwidth, p.shape[2]), np.complex64)
     out[:, xp.asarray(pairs.m), xp.asarray(pairs.l)] = t.transpose(1, 0, 2)
     return out
@@ -343,6 +346,7 @@ def _synthesis(t: Array, bandwidth: int) -> Array:
     # d is real: the complex T goes through one real GEMM with (function, Re/Im) as columns.
     spectrum = (_d_table(bandwidth, device_of(t)) @ t.view(np.float32)).view(np.complex64)
     n = 2 * bandwidth
+    tally(t, spectrum, flops=4 * spectrum.size * bandwidth + 2.5 * n**3 * t.shape[-1] * np.log2(n * n))
     return fft_module(t).irfft2(spectrum, s=(n, n), axes=(0, 1), norm="forward", overwrite_x=True)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from faml_gpu.array_backend import Array, device_of, fft_module, namespace
 from faml_gpu.fast_alignment.wigner import small_d_table
+from faml_gpu.profile import tally
 
 __all__ = ["correlate", "grid_angles", "interpolate"]
 
@@ -48,6 +49,9 @@ def correlate(p: Array, q: Array) -> Array:
     spectrum = xp.zeros((b, n, n, l_max + 1), np.complex64)
     s = s.transpose(3, 2, 1, 0)
     spectrum[:, :, :l_max, :l_max], spectrum[:, :, l_max + 1 :, :l_max] = s[:, :, l_max - 1 :], s[:, :, : l_max - 1]
+    # Of each pair (m, m'): the sums over shells and over l at each beta; then the transforms of 2L planes.
+    pairs = b * l_max * (2 * l_max - 1) * n_l
+    tally(p, q, spectrum, flops=pairs * (8 * r + 4 * n) + 2.5 * b * n**3 * np.log2(n * n))
     return fft_module(p).irfft2(spectrum, s=(n, n), axes=(-2, -1), norm="forward", overwrite_x=True)
 
 

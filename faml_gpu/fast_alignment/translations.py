@@ -8,6 +8,7 @@ import numpy as np
 
 from faml_gpu.array_backend import Array, device_of, namespace, to_device, working_bytes
 from faml_gpu.fourier import Support
+from faml_gpu.profile import tally
 
 __all__ = ["ShiftWindow", "shift_window"]
 
@@ -48,6 +49,7 @@ class ShiftWindow:
         out = crops.reshape(n * (r + 1) * d, d) @ self.matrix.T
         out = self.matrix @ out.reshape(n * (r + 1), d, t)
         out = self.matrix[:, r:] @ out.reshape(n, r + 1, t * t)
+        tally(crops, flops=8 * n * t * (r + 1) * (d * d + d * t + t * t))
         return 2 * out.real.reshape(n, t, t, t)
 
     def best(self, crops: Array) -> tuple[Array, Array]:

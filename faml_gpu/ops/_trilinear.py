@@ -7,7 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["U", "sample_complex", "sample_real"]
+__all__ = ["GATHER_FLOPS", "U", "sample_complex", "sample_real"]
+
+GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
 
 # Numba adds float32 and integers in float64, and asks of every signed index whether it is negative: numbers of the
 # coordinates' own type and unsigned indices make these loops twice as fast. (Numba keeps what it compiled by the date

@@ -11,10 +11,12 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import sample_complex, sample_real
+from faml_gpu.ops._trilinear import GATHER_FLOPS, sample_complex, sample_real
+from faml_gpu.profile import tally
 
 __all__ = ["accumulate"]
 
+FLOPS = GATHER_FLOPS + 46  # of a voxel: the sample of the weight 24, phase, its product and both sums 22
 BLOCK = 256  # output voxels a task of the CPU loop owns
 
 
@@ -72,7 +74,7 @@ def accumulate(
     require(rotations, "rotations", np.float64, (n, 3, 3))
     require(shifts, "shifts", np.float64, (n, 3))
     require(probability, "probability", np.float64, (n,))
-    return twin(_accumulate_cpu, _accumulate_cuda, grids)(
+    sums, weight_sums = twin(_accumulate_cpu, _accumulate_cuda, grids)(
         grids,
         weight_grids,
         weight_index,
@@ -86,6 +88,8 @@ def accumulate(
         n_classes,
         weigh_twice,
     )
+    tally(grids, weight_grids, sums, weight_sums, flops=FLOPS * n * len(support))
+    return sums, weight_sums
 
 
 def _accumulate_cpu(

@@ -11,9 +11,14 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import U, sample_complex
+from faml_gpu.ops._trilinear import GATHER_FLOPS, U, sample_complex
+from faml_gpu.profile import tally
 
 __all__ = ["cross"]
+
+FLOPS = (
+    GATHER_FLOPS + 30
+)  # of a voxel: power 4, product with the particle and its weight 8, phase 12, product with it 6
 
 
 def cross(
@@ -63,9 +68,11 @@ def cross(
     require(particle, "particle", np.int64, (n,))
     require(rotations, "rotations", np.float64, (n, 3, 3))
     require(centres, "centres", np.float64, (n, 3))
-    return twin(_cross_cpu, _cross_cuda, grid)(
+    crops, power = twin(_cross_cpu, _cross_cuda, grid)(
         grid, spectra, weights, weight_index, particle, rotations, centres, support, padding
     )
+    tally(grid, spectra, weights, crops, flops=FLOPS * m * n)
+    return crops, power
 
 
 def _cross_cpu(

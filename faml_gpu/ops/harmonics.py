@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.ops._check import require
+from faml_gpu.profile import tally
 
 __all__ = ["harmonics"]
 
+FLOPS = 6  # of each (l, m): two products and a difference of the recurrence, the two parts and a sign
 LANES = 16  # points that the CPU takes side by side: the recurrence waits for its own last step, point by point
 
 
@@ -40,7 +42,9 @@ def harmonics(points: Array, bandwidth: int, *, even: bool = True) -> Array:
     require(points, "points", np.float64, (None, 3))
     if bandwidth < 1:
         raise ValueError(f"bandwidth: found {bandwidth}, expected at least 1")
-    return twin(_harmonics_cpu, _harmonics_cuda, points)(points, bandwidth, 2 if even else 1)
+    out = twin(_harmonics_cpu, _harmonics_cuda, points)(points, bandwidth, 2 if even else 1)
+    tally(points, out, flops=FLOPS * len(points) * bandwidth * (bandwidth + 1) // 2)
+    return out
 
 
 @lru_cache(maxsize=8)

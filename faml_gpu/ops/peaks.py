@@ -9,6 +9,7 @@ import numpy as np
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
+from faml_gpu.profile import tally
 
 __all__ = ["peaks"]
 
@@ -40,6 +41,7 @@ def peaks(scores: Array, n: int, merge_angle: float) -> tuple[Array, Array, Arra
         raise ValueError(f"scores: found shape {scores.shape}, expected (B, n_beta, n_alpha, n_alpha), n_alpha even")
     if scores.dtype not in (np.float32, np.float64) or not scores.flags.c_contiguous:
         raise TypeError(f"scores: expected C-contiguous float32 or float64, found {scores.dtype}")
+    tally(scores)  # what little is computed depends on the scores
     return twin(_peaks_cpu, _peaks_cuda, scores)(scores, n, merge_angle)
 
 

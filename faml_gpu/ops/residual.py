@@ -11,9 +11,14 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import sample_complex
+from faml_gpu.ops._trilinear import GATHER_FLOPS, sample_complex
+from faml_gpu.profile import tally
 
 __all__ = ["residual"]
+
+FLOPS = (
+    GATHER_FLOPS + 26
+)  # of a voxel: phase 12, its product with the sample 6, difference 2, weight 2, squares and sums 4
 
 
 def residual(
@@ -60,9 +65,11 @@ def residual(
     require(rotations, "rotations", np.float64, (b, n, 3, 3))
     require(shifts, "shifts", np.float64, (b, n, 3))
     require(count, "count", np.int64, (b,))
-    return twin(_residual_cpu, _residual_cuda, grid)(
+    out = twin(_residual_cpu, _residual_cuda, grid)(
         grid, spectra, weights, weight_index, rotations, shifts, count, support, padding
     )
+    tally(grid, spectra, weights, out, flops=FLOPS * m * b * n)
+    return out
 
 
 def _residual_cpu(

@@ -10,7 +10,8 @@ import numpy as np
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import sample_complex
+from faml_gpu.ops._trilinear import GATHER_FLOPS, sample_complex
+from faml_gpu.profile import tally
 
 __all__ = ["rotate"]
 
@@ -35,7 +36,9 @@ def rotate(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:
     half_grid(grid, "grid", "c", 0)
     require(rotations, "rotations", np.float64, (None, 3, 3))
     require(coords, "coords", coords.dtype, (None, 3))
-    return twin(_rotate_cpu, _rotate_cuda, grid)(grid, rotations, coords, padding)
+    out = twin(_rotate_cpu, _rotate_cuda, grid)(grid, rotations, coords, padding)
+    tally(grid, out, flops=GATHER_FLOPS * out.size)
+    return out
 
 
 def _rotate_cpu(grid: Array, rotations: Array, coords: Array, padding: int) -> Array:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "faml_gpu"
 
 # A module may import from its own rank or a lower one; __init__ hands out names lazily and is left out.
 RANKS = [
-    {"errors"},
+    {"errors", "profile"},
     {"options", "config", "data", "array_backend", "device_info"},
     {"kernels"},
     {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry", "resolution"},
