@@ -571,7 +571,8 @@ def render(results: Results, figures: Path = HERE / "figures", link: str = "figu
         "than 10 Å, 20 Å is the same as unfiltered). Chimera's: the same not about the mean. Ceiling: the average made "
         "with the true poses and classes. F1: macro mean over the classes. SNR: variance of the volume reconstructed "
         "from noise-free tilts over that of the volume from noise-only tilts, whole box, same pipeline. Means "
-        "over seeds ± their standard deviation; a seed is another data set and another random start. An asterisk "
+        "over seeds ± their standard deviation; a seed is another data set and another random start (of real data "
+        "another start alone). An asterisk "
         "at a number of iterations: not converged by the stopping rule, ended by the limit.",
         "",
         "The paper's r has no stated filter or mask: its figures stand beside ours as context.",
