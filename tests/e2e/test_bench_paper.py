@@ -363,6 +363,11 @@ def test_every_field_of_the_notes_is_one(tables: ModuleType, tmp_path: Path) -> 
     runs = [run_json("groel-groes", "fa", seed, [0.1, r]) for seed, r in ((1, 0.8), (2, 0.9))]
     found = tables.load(write(tmp_path, *runs))
     assert tables.filled("{groel-groes fa r 1}: {groel-groes fa r* 1}", found) == "0.850: 0.800, 0.900"
+    # A class that has next to none of its particles has no pose errors.
+    for run, poses in zip(runs, (None, {"within_20": 0.25}), strict=True):
+        run["metrics"]["maps"][1]["poses"] = poses
+    found = tables.load(write(tmp_path, *runs))
+    assert tables.filled("{groel-groes fa within-20* 1} %", found) == "25 %"
     for wrong in ("{groel-groes fa R}", "{groel fa r}", "{groel-groes matched-50 r}"):
         with pytest.raises(KeyError):
             tables.filled(wrong, found)
