@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["CASES", "DATA", "METHODS", "Case", "Paper", "Specimen", "quick"]
+__all__ = ["CASES", "DATA", "METHODS", "Case", "Paper", "Specimen", "full", "quick"]
 
 # Beside the checkout, or where the environment says.
 DATA = Path(os.environ.get("FAML_GPU_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -24,12 +24,16 @@ Kind = Literal["simulated", "real", "timing", "profile", "sampling", "picture"]
 
 @dataclass(frozen=True)
 class Specimen:
-    """One structure of a case: a file below `DATA` or the name of a phantom, and how many particles of it."""
+    """One structure of a case: a file below `DATA` or the name of a phantom, and how many particles of it.
+
+    `full_count` is the paper's number of particles where `count` is less, so that a CPU can do it.
+    """
 
     name: str
     source: str
     count: int
     point_group: str = "C1"
+    full_count: int | None = None
 
     @property
     def is_file(self) -> bool:
@@ -38,7 +42,10 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports: r (or symmetry score) and F1, of FAML and of FA; r per class."""
+    """What the paper reports: r (or symmetry score) and F1, of FAML and of FA; r per class; seconds an iteration.
+
+    `claim`: what it says in words, of which no other field holds the figures.
+    """
 
     r_faml: tuple[float, ...] = ()
     r_fa: tuple[float, ...] = ()
@@ -46,6 +53,10 @@ class Paper:
     f1_fa: float | None = None
     symmetry_faml: float | None = None
     symmetry_fa: float | None = None
+    seconds_faml: float | None = None  # on 12 processes, as the other two
+    seconds_fa: float | None = None
+    seconds_relion: float | None = None
+    claim: str = ""
     note: str = ""
 
 
@@ -55,7 +66,7 @@ class Case:
 
     `radius` of the mask and of the sphere r is taken in; None: that of the (largest) structure. `resolution` is the
     finest that any method aligns at (its preset's schedule of the band ends there); None: all that the voxels hold.
-    `seeds` is how many the issue asks for: 3 where a row takes under 20 minutes. `passes`: a row with a pass line.
+    `seeds` is how many the issue asks for: 3 where a run takes under 20 minutes. `passes`: a row with a pass line.
     """
 
     name: str
@@ -111,9 +122,9 @@ def _timing(box: int, faml: int, fa: int, relion: int) -> Case:
         voxel_size=384.0 / box,
         snr=0.02,
         max_shift=3.0 * box / 64,
-        seeds=1,
+        seeds=3 if box < 128 else 1,
         methods=("ceiling", "fa", "paper", "default"),
-        paper=Paper(note=f"Table 1, 12 processes: FAML {faml} s, FA {fa} s, RELION {relion} s"),
+        paper=Paper(seconds_faml=faml, seconds_fa=fa, seconds_relion=relion),
     )
 
 
@@ -150,7 +161,6 @@ _ALL = (
         snr_reason="what the paper measured on its set",
         tilt_range=(-50.0, 70.0),
         max_shift=2.0,
-        seeds=1,
         stand_in=True,
         stand_in_for=RAT_NEURON,
         paper=Paper((0.61,), (0.66,), note="r with a map refined elsewhere"),
@@ -158,16 +168,15 @@ _ALL = (
     Case(
         "tmv",
         "simulated",
-        "TMV helix, N 400 (paper: 2742), 64³, voxel 5.4 Å, ±60°, axis along Y, rotation about it unknown",
-        (Specimen("TMV", "tmv", 400),),
+        "TMV helix, N 400, 64³, voxel 5.4 Å, ±60°, axis along Y, rotation about it unknown",
+        (Specimen("TMV", "tmv", 400, full_count=2742),),
         voxel_size=5.4,
         snr=0.0023,
         snr_reason="what the paper measured on its set",
         about_axis="y",
         radius=135.0,
-        seeds=1,
         stand_in=True,
-        stand_in_for="the paper's experimental TMV set (2742 boxes; 400 here, for the CPU)",
+        stand_in_for="the paper's experimental TMV set",
         symmetry_order=17,
         resolution=ALIGNED_AT,
         paper=Paper(symmetry_faml=0.47, symmetry_fa=0.25),
@@ -228,7 +237,7 @@ _ALL = (
         iterations=3,
         seeds=1,
         methods=("paper", "default"),
-        paper=Paper(note="the maximum-likelihood update takes 66 %"),
+        paper=Paper(claim="the maximum-likelihood update takes 66 % of an iteration"),
     ),
     Case(
         "sampling",
@@ -240,7 +249,7 @@ _ALL = (
         max_shift=2.0,
         iterations=10,
         methods=("ceiling", "matched-50", "grid-1000", "grid-1000-shifts"),
-        paper=Paper(note="resolution of the grid too low for any competitive result"),
+        paper=Paper(claim="a uniform grid of the same cost has a resolution too low for any competitive result"),
     ),
     Case(
         "figure-2",
@@ -275,7 +284,6 @@ _ALL = (
         voxel_size=10.52,
         radius=140.0,
         snr_reason="real data",
-        seeds=1,
         stand_in=True,
         stand_in_for="the paper's TMV: tubular, helical, missing wedge",
         symmetry_order=13,
@@ -285,6 +293,18 @@ _ALL = (
     ),
 )
 CASES = {case.name: case for case in _ALL}
+
+
+def full(case: Case) -> Case | None:
+    """The case with the paper's number of particles, a row of its own; None where it has that anyway."""
+    if all(s.full_count is None for s in case.specimens):
+        return None
+    what, specimens = case.what, []
+    for s in case.specimens:
+        count = s.full_count or s.count
+        what = what.replace(f"N {s.count},", f"N {count},")
+        specimens.append(replace(s, count=count, full_count=None))
+    return replace(case, name=f"{case.name}-full", what=what, specimens=tuple(specimens), seeds=1)
 
 
 def quick(case: Case) -> Case:

@@ -1,7 +1,9 @@
 """Run the paper's tests: python bench/paper/run.py [CASE ...] [--seeds 3] [--sweep] [--quick] ...
 
 One JSON file per case, SNR, method and seed under bench/paper/results/, written as each run ends. What is there is not
-run again (--again does), so an interrupted command goes on where it was. bench/paper/tables.py makes RESULTS.md.
+run again (--again does), so an interrupted command goes on where it was. At the end RESULTS.md is written from all
+JSON files there are (bench/paper/tables.py does that alone), beside the folder bench/paper/results, or inside the one
+that --results names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 import figures
 import numpy as np
-from cases import CASES, DATA, Case, quick
+import tables
+from cases import CASES, DATA, Case, full, quick
 from measures import convergence, coverage, measure
 from methods import Run, method_options, options_json, run_method
 from particles import Sample, make_sample
@@ -128,7 +131,7 @@ def one(
     content["metrics"] = measured
     if case.about_axis is not None:
         content["metrics"]["coverage"] = coverage(run.plan, sample.particles, run.posterior)
-    if sample.truth and run.by_iteration and seed == 1 and factor == 1 and not args.quick:
+    if sample.truth and run.by_iteration and seed == figures.SEED and factor == 1 and not args.quick:
         of_truth = [row["class"] - 1 for row in measured["maps"]]
         content["metrics"]["r_by_iteration"] = convergence(sample, run.by_iteration, of_truth)
     for k, volume in enumerate(aligned):
@@ -165,7 +168,10 @@ def profile(case: Case, method: str, seed: int, sample: Sample, args: argparse.N
 
 
 def warm_up(args: argparse.Namespace) -> None:
-    """Compile what is compiled at first use, so that it is in no run's time."""
+    """Compile what is compiled at first use, so that it is in no run's time: once, before the first run that is due."""
+    if args.warm or args.quick:
+        return
+    args.warm = True
     case = quick(CASES["groel-lowsnr"])
     sample = make_sample(case, 1.0, 1, args.work)
     for method in ("default", "paper", "fa"):
@@ -196,6 +202,7 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
             due = [m for m in methods if args.again or not result_path(args.results, case, factor, m, seed).exists()]
             if not due:
                 continue
+            warm_up(args)
             before = time.perf_counter()
             sample = make_sample(case, factor, seed, args.work)
             made = time.perf_counter() - before
@@ -212,8 +219,16 @@ def run_case(case: Case, args: argparse.Namespace) -> None:
                 content["seconds_simulation"] = round(made, 1)
                 write_json(result_path(args.results, case, factor, method, seed), content)
                 print(f"{case.name} {method}: {summary(content)}", flush=True)
-            if factor == 1 and seed == args.first_seed and case.kind != "profile":
-                figures.draw(case, seed, args.results, args.work, args.figures)
+            if factor == 1 and seed == figures.SEED:
+                draw_case(case, args)
+
+
+def draw_case(case: Case, args: argparse.Namespace) -> None:
+    """The figures that the JSON files and the maps at hand allow."""
+    if case.kind in ("picture", "profile"):
+        return
+    for path in figures.draw(case, args.results, args.work, args.figures):
+        print(f"{case.name}: {path}", flush=True)
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -236,23 +251,31 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="which; none: all")
     parser.add_argument("--list", action="store_true", help="list the cases and what is missing for them")
-    parser.add_argument("--seeds", type=int, help="data sets per case (default: 3, or 1 where a row takes long)")
+    parser.add_argument("--seeds", type=int, help="data sets per case (default: 3, or 1 where a run takes long)")
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="some of them only")
     parser.add_argument("--sweep", action="store_true", help="also at half and twice the SNR")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the paper's number of particles where a case has fewer (tmv): a row of its own",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="tiny boxes of phantoms, 2 iterations: does it run?")
     parser.add_argument("--again", action="store_true", help="repeat what is there")
+    parser.add_argument("--draw", action="store_true", help="run nothing: figures from the results and maps at hand")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--figures", type=Path, default=HERE / "figures")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="maps for the figures; may be deleted")
     args = parser.parse_args(words)
-    args.words = sys.argv[1:] if words is None else words
+    args.words, args.warm = sys.argv[1:] if words is None else words, False
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
     chosen = [CASES[name] for name in args.cases] or list(CASES.values())
+    if args.full:
+        chosen = [full(case) or case for case in chosen]
     if args.list:
         for case in chosen:
             missing = case.missing()
@@ -260,10 +283,14 @@ def main(words: list[str] | None = None) -> None:
         return
     if args.quick and args.results == HERE / "results":
         parser.error("--quick: give --results and --figures of its own, its figures mean nothing")
-    if not args.quick and any(case.kind != "picture" for case in chosen):
-        warm_up(args)
     for case in chosen:
-        run_case(case, args)
+        if args.draw:
+            draw_case(quick(case) if args.quick else case, args)
+        else:
+            run_case(case, args)
+    if args.results.exists():
+        page = HERE / "RESULTS.md" if args.results == HERE / "results" else args.results / "RESULTS.md"
+        print(tables.write(args.results, page, args.figures), flush=True)
 
 
 if __name__ == "__main__":
