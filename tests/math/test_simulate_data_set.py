@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -23,7 +24,19 @@ from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.masks import soft_sphere
 from faml_gpu.maximization import direct_average, rotate_back
-from faml_gpu.simulate import DataSet, SimulationOptions, density, groel, ribosome, simulate_data_set
+from faml_gpu.simulate import (
+    DataSet,
+    Optics,
+    SimulationOptions,
+    TiltSeries,
+    density,
+    groel,
+    load_structure,
+    ribosome,
+    simulate_data_set,
+)
+from faml_gpu.simulate.data_set import FastBoxes, TiltSeriesBoxes, _batch_size
+from faml_gpu.simulate.gridding import fourier_grid
 
 SMALL = {"box": 24, "voxel_size": 14.0, "tilt_step": 10.0}
 
@@ -283,17 +296,84 @@ class HostMatrix:
         return cupy.asarray(self._matrix @ dense.get())
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "tilt series"])
-def test_on_an_emulated_gpu(tmp_path: Path, emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+@pytest.fixture
+def sparse_gpu(emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulated GPU with a sparse matrix."""
     sparse = ModuleType("cupyx.scipy.sparse")
     sparse.csr_matrix = HostMatrix  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse", sparse)
     monkeypatch.setattr(sys.modules["cupyx.scipy"], "sparse", sparse, raising=False)
+    return emulated_gpu
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "tilt series"])
+def test_on_an_emulated_gpu(tmp_path: Path, sparse_gpu: Any, fast: bool) -> None:
     options = {"structures": ["groel"], "counts": [2], "box": 20, "fast": fast, "tilt_step": 20.0}
     found = boxes(simulate(tmp_path / "a", device="cuda", **options))
     expected = boxes(simulate(tmp_path / "b", **options))
     # float32 in both, summed in another order; the noise has variance 1.
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+loaded_once = functools.cache(load_structure)
+
+
+def in_batches(folder: Path, size: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> np.ndarray:
+    monkeypatch.setattr("faml_gpu.simulate.data_set._batch_size", lambda *_: size)
+    monkeypatch.setattr("faml_gpu.simulate.data_set.load_structure", loaded_once)
+    # A filament is cut out of a larger field; five are not a whole number of twos.
+    settings = {"structures": ["groel", "tmv"], "counts": [5], "box": 20, "tilt_step": 20.0, "snr": 1.0}
+    return boxes(simulate(folder / str(size), **settings, **options))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "tilt series"])
+def test_boxes_do_not_depend_on_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    one = in_batches(tmp_path, 1, monkeypatch, fast=fast)
+    assert len(one) == 10
+    assert np.abs(one[:5] - one[5:]).max() > 1  # particles of the same number share nothing
+    for size in (2, 5):
+        # Rounding of float32: noise and signal have variance 1.
+        np.testing.assert_allclose(in_batches(tmp_path, size, monkeypatch, fast=fast), one, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "tilt series"])
+def test_a_gpu_works_batch_by_batch(
+    tmp_path: Path, sparse_gpu: Any, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """The same boxes, and as few steps as there are batches: what waits for a GPU is the number of launches."""
+    fourier = sys.modules["cupyx.scipy.fft"]
+    sizes, real = [], fourier.irfftn
+
+    def counted(spectra: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(spectra.shape[0])
+        return real(spectra, *arguments, **options)
+
+    monkeypatch.setattr(fourier, "irfftn", counted)
+    one = in_batches(tmp_path, 1, monkeypatch, fast=fast, device="cuda")
+    singly = len(sizes)
+    np.testing.assert_allclose(in_batches(tmp_path, 5, monkeypatch, fast=fast, device="cuda"), one, atol=1e-5)
+    assert set(sizes[:singly]) == {1}
+    assert set(sizes[singly:]) == {5}
+    assert singly == 5 * (len(sizes) - singly) > 0
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "tilt series"])
+def test_batches_fit_the_memory(sparse_gpu: Any, fast: bool) -> None:
+    """Many particles on a GPU that has room, one where there is none, and what a batch takes is as foretold."""
+    import cupy
+
+    series = TiltSeries(24, 14.0, np.arange(-60.0, 61.0, 20.0), optics=Optics(), xp=cupy)
+    model = FastBoxes(24, 24, (-60.0, 60.0), "y", cupy) if fast else TiltSeriesBoxes(series)
+    grid = fourier_grid(cupy.asarray(density(groel(), 24, 14.0)))
+    assert _batch_size(model, grid.values.get()) == 1
+    size = 8
+    before, sparse_gpu.peak = sparse_gpu.used, sparse_gpu.used
+    model.noise([np.random.default_rng(i) for i in range(size)])
+    assert 0.3 * size * model.particle_bytes < sparse_gpu.peak - before < size * model.particle_bytes
+    sparse_gpu.memory = before + 16 * (size * model.particle_bytes + 1)
+    assert _batch_size(model, grid.values) == size
+    sparse_gpu.memory = before + 1
+    assert _batch_size(model, grid.values) == 1
 
 
 def test_on_a_gpu(tmp_path: Path, gpu: str) -> None:
