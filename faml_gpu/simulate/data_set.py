@@ -22,7 +22,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from faml_gpu.array_backend import Array, cpu_threads, fft_module, namespace, to_host, use_device
+from faml_gpu.array_backend import (
+    Array,
+    cpu_threads,
+    fft_module,
+    namespace,
+    on_host,
+    to_host,
+    use_device,
+    working_bytes,
+)
 from faml_gpu.data import Progress
 from faml_gpu.device_info import choose_device, versions
 from faml_gpu.errors import InputError
@@ -32,17 +41,27 @@ from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.star import write_star
 from faml_gpu.simulate.gridding import FourierGrid, fourier_grid, sample
 from faml_gpu.simulate.structures import Structure, load_structure
-from faml_gpu.simulate.tilt_series import Optics, TiltSeries, electron_wavelength, tilt_angles
+from faml_gpu.simulate.tilt_series import (
+    Optics,
+    TiltSeries,
+    cut,
+    electron_wavelength,
+    tilt_angles,
+    white_noise,
+)
 from faml_gpu.weights import centred_from_half, missing_wedge
 
 __all__ = ["DataSet", "FastBoxes", "SimulationOptions", "random_poses", "simulate_data_set"]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Indices = NDArray[np.int64]
+Sources = Sequence[np.random.Generator]
 
 SMALLEST_BOX = 10
 PILOT = 100  # particles of a class that the signal's variance is taken from beforehand
 SNR_TOLERANCE = 0.05
+_VOLUME = (-3, -2, -1)  # axes
 _OURS = re.compile(r"particles\.star|truth\.star|truth_class\d{3,}\.mrc|weight\.mrc|simulation\.json")
 _OUR_BOX = re.compile(r"\d{6,}\.mrc")
 
@@ -152,15 +171,19 @@ class DataSet:
 
 
 class Model(Protocol):
-    """The way from a structure to a box."""
+    """The way from a structure to boxes, for one particle or several at a time."""
 
     weight: Float32
 
-    def signal(self, grid: FourierGrid, rotation: ArrayLike, shift: ArrayLike) -> Array:
-        """Box without noise, (N, N, N) float32; shift in voxels."""
+    @property
+    def particle_bytes(self) -> int:
+        """Bytes of intermediate arrays of a particle."""
 
-    def noise(self, rng: np.random.Generator) -> Array:
-        """Box of noise alone, (N, N, N) float32."""
+    def signal(self, grid: FourierGrid, rotation: ArrayLike, shift: ArrayLike) -> Array:
+        """Boxes without noise, (..., N, N, N) float32, of poses (..., 3, 3) and (..., 3); shifts in voxels."""
+
+    def noise(self, rngs: np.random.Generator | Sources) -> Array:
+        """Boxes of noise alone, (..., N, N, N) float32: one from a source, or one from each of several."""
 
 
 class FastBoxes:
@@ -180,29 +203,39 @@ class FastBoxes:
         self._weight = xp.asarray(self.weight)
         k = np.fft.fftfreq(field)
         z, y, x = np.meshgrid(k, k, np.arange(field // 2 + 1) / field, indexing="ij")
-        inside = _has_partner(field)
-        self._frequencies = xp.asarray(np.stack([x[inside], y[inside], z[inside]], axis=1).astype(np.float32))
-        self._inside = xp.asarray(inside)
+        # No grid holds anything beyond 1/2; the margin is for rounding.
+        sampled = _has_partner(field) & (x * x + y * y + z * z < 0.25 * (1 + 1e-4))
+        if field == box:  # nothing is cut out: what the wedge takes away is not needed
+            sampled &= self.weight > 0
+        self._frequencies = xp.asarray(np.stack([x[sampled], y[sampled], z[sampled]], axis=1).astype(np.float32))
+        self._sampled = xp.asarray(np.flatnonzero(sampled))
+
+    @property
+    def particle_bytes(self) -> int:
+        """See `Model`."""
+        return 6 * 8 * self._field**2 * (self._field // 2 + 1)
 
     def signal(self, grid: FourierGrid, rotation: ArrayLike, shift: ArrayLike) -> Array:
         """See `Model`."""
         xp, fourier = namespace(self._weight), fft_module(self._weight)
-        spectrum = xp.zeros(self._inside.shape, np.complex64)
-        spectrum[self._inside] = sample(grid, self._frequencies, rotation, shift)
-        if self._field != self.box:
-            take = xp.arange(-(self.box // 2), self.box - self.box // 2) % self._field
-            volume = fourier.irfftn(spectrum, s=(self._field,) * 3)
+        values = sample(grid, self._frequencies, rotation, shift)
+        lead, field, n = values.shape[:-1], self._field, self.box
+        spectra = xp.zeros((*lead, field * field * (field // 2 + 1)), np.complex64)
+        spectra[..., self._sampled] = values
+        spectra = spectra.reshape(*lead, field, field, field // 2 + 1)
+        if field != n:
+            volumes = cut(fourier.irfftn(spectra, s=(field,) * 3, axes=_VOLUME), n, _VOLUME)
             # The box keeps the origin at index 0, as the spectrum has it.
-            take = xp.fft.ifftshift(take)
-            spectrum = fourier.rfftn(volume[take[:, None, None], take[:, None], take])
-        volume = fourier.irfftn(spectrum * self._weight, s=(self.box,) * 3)
-        return xp.fft.fftshift(volume).astype(np.float32)
+            spectra = fourier.rfftn(xp.fft.ifftshift(volumes, axes=_VOLUME), axes=_VOLUME)
+        volumes = fourier.irfftn(spectra * self._weight, s=(n,) * 3, axes=_VOLUME)
+        return xp.fft.fftshift(volumes, axes=_VOLUME).astype(np.float32, copy=False)
 
-    def noise(self, rng: np.random.Generator) -> Array:
+    def noise(self, rngs: np.random.Generator | Sources) -> Array:
         """See `Model`."""
-        xp, fourier = namespace(self._weight), fft_module(self._weight)
-        white = xp.asarray(rng.standard_normal((self.box,) * 3, dtype=np.float32))
-        return fourier.irfftn(fourier.rfftn(white) * self._weight, s=white.shape).astype(np.float32)
+        fourier, shape = fft_module(self._weight), (self.box,) * 3
+        white = white_noise(rngs, shape, namespace(self._weight))
+        spectra = fourier.rfftn(white, axes=_VOLUME) * self._weight
+        return fourier.irfftn(spectra, s=shape, axes=_VOLUME).astype(np.float32, copy=False)
 
 
 class TiltSeriesBoxes:
@@ -212,13 +245,18 @@ class TiltSeriesBoxes:
         self._series = series
         self.weight = series.weight
 
+    @property
+    def particle_bytes(self) -> int:
+        """See `Model`."""
+        return self._series.particle_bytes
+
     def signal(self, grid: FourierGrid, rotation: ArrayLike, shift: ArrayLike) -> Array:
         """See `Model`."""
         return self._series.reconstruct(self._series.project(grid, rotation, shift))
 
-    def noise(self, rng: np.random.Generator) -> Array:
+    def noise(self, rngs: np.random.Generator | Sources) -> Array:
         """See `Model`."""
-        return self._series.reconstruct(self._series.noise(rng))
+        return self._series.reconstruct(self._series.noise(rngs))
 
 
 def _has_partner(n: int) -> NDArray[np.bool]:
@@ -349,43 +387,57 @@ def _simulate(
             counts[k], options.shift / options.voxel_size, options.about_axis, structure.axis, rngs
         )
 
-    def signal(i: int) -> Float32:
-        with use_device(device):
-            return to_host(model.signal(grids[classes[i]], rotations[i], shifts[i]))
+    size = _batch_size(model, grids[0].values)
 
-    def noise(i: int) -> Float32:
-        k = classes[i]
+    def signal(batch: Indices) -> Array:
+        return model.signal(grids[classes[batch[0]]], rotations[batch], shifts[batch])
+
+    def noise(batch: Indices) -> Array:
+        return model.noise([np.random.default_rng([options.seed, classes[i], i - first[classes[i]], 1]) for i in batch])
+
+    def signal_variances(batch: Indices) -> Float64:
         with use_device(device):
-            return to_host(model.noise(np.random.default_rng([options.seed, k, i - first[k], 1])))
+            return _variances(signal(batch))
 
     noiseless = math.isinf(options.snr)
     with ThreadPoolExecutor(workers) as pool:
         pilots = [np.arange(first[k], min(first[k] + PILOT, first[k + 1])) for k in range(len(counts))]
         everyone = np.concatenate(pilots)
-        variances = _mapped(pool, lambda i: float(signal(i).var(dtype=np.float64)), everyone, "signal", progress)
-        of_class = [
-            np.mean([v for i, v in zip(everyone, variances, strict=True) if classes[i] == k]) for k in _up_to(counts)
-        ]
+        batches = [batch for pilot in pilots for batch in _batches(pilot, size)]
+        variances = np.concatenate(_mapped(pool, signal_variances, batches, "signal", progress))
+        of_class = np.array([variances[classes[everyone] == k].mean() for k in _up_to(counts)])
         # Noise of variance 1, or else a signal of variance 1.
-        scales = np.sqrt((1.0 if noiseless else options.snr) / np.array(of_class))
+        scales = np.sqrt((1.0 if noiseless else options.snr) / of_class)
         level = 0.0
         if not noiseless:
             sampled = everyone[:: max(1, len(everyone) // 16)][:16]
-            level = 1 / math.sqrt(np.mean([noise(i).var(dtype=np.float64) for i in sampled]))
+            with use_device(device):
+                found = [_variances(noise(batch)) for batch in _batches(sampled, size)]
+            level = 1 / math.sqrt(np.concatenate(found).mean())
 
         _clear(folder, overwrite)
         (folder / "particles").mkdir(parents=True, exist_ok=True)
         names = [f"particles/{i + 1:06d}.mrc" for i in range(len(classes))]
 
-        def make(i: int) -> tuple[float, float]:
-            clean = signal(i) * np.float32(scales[classes[i]])
-            random = np.zeros_like(clean) if noiseless else noise(i) * np.float32(level)
-            write_mrc(folder / names[i], clean + random, options.voxel_size)
-            return float(clean.var(dtype=np.float64)), float(random.var(dtype=np.float64))
+        def make(batch: Indices) -> Float64:
+            """Write boxes; the variances of their signal and noise, (2, batch)."""
+            with use_device(device):
+                made = signal(batch) * np.float32(scales[classes[batch[0]]])
+                measured = np.zeros((2, len(batch)))
+                measured[0] = _variances(made)
+                if not noiseless:
+                    random = noise(batch) * np.float32(level)
+                    measured[1] = _variances(random)
+                    made += random
+                made = to_host(made)
+            for i, box in zip(batch, made, strict=True):
+                write_mrc(folder / names[i], box, options.voxel_size)
+            return measured
 
-        measured = np.array(_mapped(pool, make, np.arange(len(classes)), "boxes", progress))
+        batches = [batch for k in _up_to(counts) for batch in _batches(np.arange(first[k], first[k + 1]), size)]
+        measured = np.concatenate(_mapped(pool, make, batches, "boxes", progress), axis=1)
     with np.errstate(divide="ignore"):
-        snr = np.array([np.divide(*measured[classes == k].mean(axis=0)) for k in _up_to(counts)])
+        snr = np.array([np.divide(*measured[:, classes == k].mean(axis=1)) for k in _up_to(counts)])
     result = DataSet(
         folder / "particles.star",
         folder / "truth.star",
@@ -412,16 +464,41 @@ def _up_to(counts: Sequence[int]) -> range:
     return range(len(counts))
 
 
+def _batch_size(model: Model, array: Array) -> int:
+    """Particles that go through the model at a time, where `array` is.
+
+    What a GPU waits for is launches, so it takes many. A CPU needs as long for each of several as for one alone: one by
+    one they share out evenly between threads.
+    """
+    return 1 if on_host(array) else max(1, working_bytes(array) // model.particle_bytes)
+
+
+def _batches(particles: Indices, size: int) -> list[Indices]:
+    """Particles, `size` at a time."""
+    return [particles[start : start + size] for start in range(0, len(particles), size)]
+
+
+def _variances(boxes: Array) -> Float64:
+    """Variance of each box, (n,)."""
+    return np.asarray(to_host(boxes.var(axis=_VOLUME, dtype=np.float64)))
+
+
 def _mapped(
-    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Any, name: str, progress: Progress | None
-) -> list[Any]:
-    """The function's values in order, in threads, with progress."""
-    values = []
+    pool: ThreadPoolExecutor,
+    function: Callable[[Indices], Float64],
+    batches: Sequence[Indices],
+    name: str,
+    progress: Progress | None,
+) -> list[Float64]:
+    """The function's values in order, in threads, with progress in particles."""
+    values: list[Float64] = []
+    done, total = 0, sum(map(len, batches))
     try:
-        for value in pool.map(function, items):
+        for batch, value in zip(batches, pool.map(function, batches), strict=True):
             values.append(value)
+            done += len(batch)
             if progress is not None:
-                progress(name, len(values), len(items))
+                progress(name, done, total)
     except BaseException:
         pool.shutdown(cancel_futures=True)
         raise

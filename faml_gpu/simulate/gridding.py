@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.array_backend import Array, namespace, on_host
+from faml_gpu.array_backend import Array, namespace, on_host, working_bytes
 from faml_gpu.fourier import transform
 
 __all__ = ["KERNEL_WIDTH", "FourierGrid", "fourier_grid", "kernel", "kernel_transform", "sample"]
@@ -24,6 +24,7 @@ PADDING = 2
 _BETA = float(np.pi * np.sqrt((KERNEL_WIDTH / PADDING) ** 2 * (PADDING - 0.5) ** 2 - 0.8))
 _TABLE_STEPS = 4096  # per sample of the grid; linear interpolation in the table errs by 1e-7
 _MARGIN = KERNEL_WIDTH // 2
+_BYTES_PER_SAMPLE = 500  # of `sample_vectorised`: three axes of four taps in int64 and float32, and what comes of them
 
 
 def kernel(distance: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,29 +95,39 @@ def fourier_grid(volume: Array, limit: float = 0.5) -> FourierGrid:
 
 
 def sample(grid: FourierGrid, frequencies: Array, rotation: Any = None, shift: Any = None) -> Array:
-    """The transform of the volume moved to the pose (R, t): F(R^T f) exp(-2 pi i f.t).
+    """The transform of the volume moved to the pose (R, t), F(R^T f) exp(-2 pi i f.t), or to each of several poses.
 
     Parameters
     ----------
     grid : of the volume
     frequencies : (n, 3) float32, cycles per voxel, (x, y, z)
-    rotation : (3, 3) R; None is the identity
-    shift : (3,) t, voxels; None is 0
+    rotation : (..., 3, 3) R; None is the identity
+    shift : (..., 3) t, voxels; None is 0
 
     Returns
     -------
-    (n,) complex64, the unscaled DFT about the box centre; 0 beyond the grid's limit
+    (..., n) complex64, the unscaled DFT about the box centre; 0 beyond the grid's limit
     """
     xp = namespace(grid.values)
     turn = np.eye(3) if rotation is None else np.asarray(rotation, dtype=np.float64)
     move = np.zeros(3) if shift is None else np.asarray(shift, dtype=np.float64)
-    matrix = (PADDING * grid.box * turn).astype(np.float32)  # rows f @ R = R^T f, in steps of the grid
+    lead = np.broadcast_shapes(turn.shape[:-2], move.shape[:-1])
+    # Rows f @ R = R^T f, in steps of the grid.
+    matrices = (PADDING * grid.box * np.broadcast_to(turn, (*lead, 3, 3))).astype(np.float32).reshape(-1, 3, 3)
+    moves = np.broadcast_to(move, (*lead, 3)).astype(np.float32).reshape(-1, 3)
     limit = np.float32(PADDING * grid.box * grid.limit * (1 + 1e-5))  # a frequency at the limit is within, as rounded
+    n = len(frequencies)
+    out = xp.empty((len(matrices), n), np.complex64)
     if on_host(frequencies):
-        out = np.empty(len(frequencies), np.complex64)
-        _sample_numba(grid.values, grid.table, frequencies, matrix, move.astype(np.float32), limit, out)
-        return out
-    return sample_vectorised(grid, frequencies, xp.asarray(matrix), xp.asarray(move, dtype=np.float32), limit)
+        for one, matrix, by in zip(out, matrices, moves, strict=True):
+            _sample_numba(grid.values, grid.table, frequencies, matrix, by, limit, one)
+    else:
+        matrices, moves = xp.asarray(matrices), xp.asarray(moves)
+        step = max(1, working_bytes(frequencies) // (_BYTES_PER_SAMPLE * max(1, len(moves))))
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            out[:, part] = sample_vectorised(grid, frequencies[part], matrices, moves, limit)
+    return out.reshape(*lead, n)
 
 
 @numba.njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, cache=True)
@@ -164,28 +175,34 @@ def _sample_numba(
         out[i] = complex(real * cosine - imag * sine, real * sine + imag * cosine)
 
 
-def sample_vectorised(grid: FourierGrid, frequencies: Array, matrix: Array, shift: Array, limit: Any) -> Array:
-    """What `_sample_numba` does, in whole-array steps: for CuPy, and to check the one against the other."""
+def sample_vectorised(grid: FourierGrid, frequencies: Array, matrices: Array, shifts: Array, limit: Any) -> Array:
+    """What `_sample_numba` does, for poses (..., 3, 3) and (..., 3) in whole-array steps: (..., n).
+
+    For CuPy, and to check the one against the other.
+    """
     xp = namespace(grid.values)
-    half = grid.values.shape[0] // 2
-    at = frequencies @ matrix
-    inside = (at**2).sum(axis=1) <= limit * limit
-    mirrored = at[:, 0] < 0
-    position = xp.where(mirrored[:, None], -at, at)
-    position = xp.where(inside[:, None], position, np.float32(0))
-    first = xp.floor(position).astype(np.int64) - 1
-    distance = abs((position - first)[:, :, None] - xp.arange(KERNEL_WIDTH, dtype=np.float32)) * _TABLE_STEPS
+    depth, height, width = grid.values.shape
+    half = height // 2
+    at = frequencies @ matrices
+    inside = (at**2).sum(axis=-1) <= limit * limit
+    mirrored = at[..., 0] < 0
+    position = xp.where(mirrored[..., None], -at, at)
+    position = xp.where(inside[..., None], position, np.float32(0))
+    first = xp.floor(position) - 1  # whole numbers in float32: exact
+    distance = abs((position - first)[..., None] - xp.arange(KERNEL_WIDTH, dtype=np.float32)) * _TABLE_STEPS
     index = distance.astype(np.int64)
-    part = (distance - index).astype(np.float32)
+    part = distance - index.astype(np.float32)
     weights = grid.table[index] * (1 - part) + grid.table[index + 1] * part
-    x0, y0, z0 = first[:, 0] + _MARGIN, first[:, 1] + half, first[:, 2] + half
-    total = xp.zeros(len(frequencies), np.complex64)
+    corner = first.astype(np.int64)
+    corner = ((corner[..., 2] + half) * height + corner[..., 1] + half) * width + corner[..., 0] + _MARGIN
+    rows = corner[..., None] + xp.arange(KERNEL_WIDTH)
+    values = grid.values.reshape(depth * height * width)
+    total = xp.zeros(at.shape[:-1], np.complex64)
     for c in range(KERNEL_WIDTH):
         for b in range(KERNEL_WIDTH):
-            for a in range(KERNEL_WIDTH):
-                weight = weights[:, 2, c] * weights[:, 1, b] * weights[:, 0, a]
-                total += weight * grid.values[z0 + c, y0 + b, x0 + a]
+            row = (values[rows + (c * height + b) * width] * weights[..., 0, :]).sum(axis=-1)
+            total += weights[..., 2, c] * weights[..., 1, b] * row
     total = xp.where(mirrored, total.conj(), total)
-    phase = np.float32(-2 * np.pi) * (frequencies @ shift)
+    phase = np.float32(-2 * np.pi) * (frequencies @ shifts[..., None])[..., 0]
     moved: Array = xp.where(inside, total * xp.exp(1j * phase), 0).astype(np.complex64)
     return moved

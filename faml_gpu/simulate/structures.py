@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gemmi
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
@@ -88,7 +87,7 @@ def load_structure(
     ------
     InputError
         No such file or phantom; a file that cannot be read; an assembly that is not there or has no atoms; an empty
-        map; a structure larger than the box.
+        map; a structure larger than the box; a PDB or mmCIF file without the extra `simulate` (gemmi).
     """
     text = os.fspath(name)
     path = Path(text)
@@ -200,8 +199,21 @@ def _from_atoms(
     return _finish(path.name.split(".")[0], source, volume, spacing, box, voxel_size, resolution, radius)
 
 
+def _gemmi(path: Path) -> Any:
+    """The library for files of atoms, which comes with an extra: all else works without it."""
+    try:
+        import gemmi
+    except ImportError as error:
+        raise InputError(
+            f"structure {path}: PDB and mmCIF files are read by gemmi, which cannot be imported ({error}); get it with "
+            "pip install 'faml-gpu[simulate]' ('.[simulate]' in a copy of the repository)"
+        ) from None
+    return gemmi
+
+
 def _read_atoms(path: Path, assembly: str | None) -> tuple[Any, str]:
     """The atoms of a file's assembly without water, as a gemmi model, and which assembly it is in words."""
+    gemmi = _gemmi(path)
     try:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError, OSError, UnicodeDecodeError) as error:
@@ -232,6 +244,7 @@ def _electron_density(model: Any, centre: Float64, extent: float, spacing: float
     The displacement factors of the file are put aside: they say how well a crystal was ordered. All atoms get one
     that suits the grid, and the filter that follows sets the resolution.
     """
+    gemmi = _gemmi(path)
     size = 2 * int(np.ceil(extent / spacing / 2)) + 1
     edge = size * spacing
     calculator = gemmi.DensityCalculatorE()

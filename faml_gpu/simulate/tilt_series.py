@@ -7,6 +7,7 @@ reconstruction is one sparse matrix between image rows and the plane across the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -191,26 +192,31 @@ class TiltSeries:
         self._compensation = xp.asarray(1.0 / (line[:, None] * line), dtype=np.float32)
 
     def project(self, grid: FourierGrid, rotation: ArrayLike, shift: ArrayLike) -> Array:
-        """Transforms of the noise-free images, CTF and MTF applied: (T, 2N, N + 1) complex64, axes [tilt, ku, kv].
+        """Transforms of the noise-free images, CTF and MTF applied: (..., T, 2N, N + 1) complex64, [tilt, ku, kv].
 
         Parameters
         ----------
         grid : of the structure
-        rotation, shift : pose (R, t); t in voxels
+        rotation, shift : poses (..., 3, 3) and (..., 3); shifts in voxels
         """
         values = sample(grid, self._frequencies, rotation, shift)
-        images: Array = values.reshape(len(self.angles), self.size, self.size // 2 + 1) * self._transfer
+        shape = (*values.shape[:-1], len(self.angles), self.size, self.size // 2 + 1)
+        images: Array = values.reshape(shape) * self._transfer
         return images
 
-    def noise(self, rng: np.random.Generator) -> Array:
-        """Transforms of images of white noise of variance 1 per pixel, laid out as those of `project`."""
-        white = rng.standard_normal((len(self.angles), self.size, self.size), dtype=np.float32)
-        white = namespace(self._transfer).asarray(white)
+    def noise(self, rngs: np.random.Generator | Sequence[np.random.Generator]) -> Array:
+        """Transforms of images of white noise of variance 1 per pixel, laid out as those of `project`.
+
+        Parameters
+        ----------
+        rngs : source of one particle's noise, or one for each of several particles
+        """
+        white = white_noise(rngs, (len(self.angles), self.size, self.size), namespace(self._transfer))
         spectra: Array = fft_module(white).rfft2(white)
         return spectra
 
     def reconstruct(self, images: Array) -> Array:
-        """Direct Fourier inversion with CTF correction: the box, (N, N, N) float32, `[z, y, x]`.
+        """Direct Fourier inversion with CTF correction: boxes, (..., N, N, N) float32, `[z, y, x]`.
 
         sum(k w c I) / (sum(k w c^2) + wiener m) at every Fourier voxel of the plane across the axis, with the
         gridding kernel k, the area w that an image pixel stands for, its transfer c, and 1 / m the number of images
@@ -218,20 +224,30 @@ class TiltSeries:
 
         Parameters
         ----------
-        images : (T, 2N, N + 1) complex64, as from `project`
+        images : (..., T, 2N, N + 1) complex64, as from `project`
         """
         xp, fourier = namespace(images), fft_module(images)
         size, n = self.size, self.box
-        rows = xp.ascontiguousarray((images * self._transfer).reshape(-1, size // 2 + 1))
+        lead, along = images.shape[:-3], size // 2 + 1
+        # Particles beside each other along a row: one product of the matrix serves all.
+        rows = xp.moveaxis(images.reshape(-1, len(self.angles), size, along) * self._transfer, 0, 2)
+        rows = xp.ascontiguousarray(rows).reshape(len(self.angles) * size, -1)
         # The matrix is real: complex numbers as pairs of columns.
         plane = xp.ascontiguousarray(self._matrix @ rows.view(np.float32)).view(np.complex64)
-        plane = plane.reshape(size, size, size // 2 + 1) * self._filter  # [kz, k across, k along]
-        plane = _cut(xp, fourier.ifft2(plane, axes=(0, 1)), n, (0, 1)) * self._compensation[:, :, None]
-        volume = _cut(xp, fourier.irfft(plane, n=size, axis=2), n, (2,))
+        plane = plane.reshape(size, size, -1, along) * self._filter[:, :, None]  # [kz, k across, particle, k along]
+        plane = cut(fourier.ifft2(plane, axes=(0, 1)), n, (0, 1)) * self._compensation[:, :, None, None]
+        volumes = xp.moveaxis(cut(fourier.irfft(plane, n=size, axis=3), n, (3,)), 2, 0)
         if self._axis == "y":
-            volume = volume.transpose(0, 2, 1)
-        spectrum = fourier.rfftn(xp.ascontiguousarray(volume)) * self._observed
-        return xp.asarray(fourier.irfftn(spectrum, s=volume.shape), dtype=np.float32)
+            volumes = volumes.transpose(0, 1, 3, 2)
+        spectra = fourier.rfftn(xp.ascontiguousarray(volumes), axes=(1, 2, 3)) * self._observed
+        boxes = xp.asarray(fourier.irfftn(spectra, s=(n, n, n), axes=(1, 2, 3)), dtype=np.float32)
+        return boxes.reshape(*lead, n, n, n)
+
+    @property
+    def particle_bytes(self) -> int:
+        """Bytes that a particle's images, and the plane across the axis that they become, take on their way."""
+        pixels = self.size * (self.size // 2 + 1)
+        return 4 * 8 * pixels * (len(self.angles) + self.size)
 
     def _box_weight(self, returned: Float64) -> Float32:
         """The weight on the box's Fourier grid, from that of the field's: a mean over the voxels around each.
@@ -301,11 +317,25 @@ def _images_per_voxel(size: int, angles: Float64) -> Float64:
     return np.maximum(np.hypot(k[:, None], k) * step, 1.0 / len(angles))
 
 
-def _cut(xp: Any, values: Array, n: int, axes: tuple[int, ...]) -> Array:
-    """The middle n of each axis, from arrays whose origin is at index 0."""
+def cut(values: Array, n: int, axes: tuple[int, ...]) -> Array:
+    """The middle n of each axis, from arrays whose origin is at index 0 to arrays that have it at n // 2."""
+    xp = namespace(values)
     for axis in axes:
         values = xp.take(values, xp.arange(-(n // 2), n - n // 2) % values.shape[axis], axis=axis)
     return values
+
+
+def white_noise(rngs: np.random.Generator | Sequence[np.random.Generator], shape: tuple[int, ...], xp: Any) -> Array:
+    """Normal numbers of variance 1 in float32: (*shape) from one source, (n, *shape) from n.
+
+    Drawn on the CPU, each particle's from its own source: the same on every device and whatever goes beside it.
+    """
+    if isinstance(rngs, np.random.Generator):
+        return xp.asarray(rngs.standard_normal(shape, dtype=np.float32))
+    white = np.empty((len(rngs), *shape), np.float32)
+    for one, rng in zip(white, rngs, strict=True):
+        rng.standard_normal(dtype=np.float32, out=one)
+    return xp.asarray(white)
 
 
 def _on(xp: Any, matrix: Any) -> Any:

@@ -64,6 +64,22 @@ def test_both_ways_to_sample_agree(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(other, found, atol=1e-5 * np.abs(found).max())
 
 
+def test_several_poses_are_sampled_at_once(
+    emulated_gpu: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Each as if alone, on the GPU in pieces of the frequencies that do not divide them evenly."""
+    import cupy
+
+    frequencies = rng.uniform(-0.5, 0.5, (500, 3)).astype(np.float32)
+    rotations, shifts = Rotation.random(6, random_state=2).as_matrix().reshape(2, 3, 3, 3), rng.normal(size=(3, 3))
+    grid = fourier_grid(blobs(24))
+    alone = np.stack([[sample(grid, frequencies, rotations[i, j], shifts[j]) for j in range(3)] for i in range(2)])
+    np.testing.assert_array_equal(sample(grid, frequencies, rotations, shifts), alone)
+    monkeypatch.setattr("faml_gpu.simulate.gridding.working_bytes", lambda _: 6 * 500 * 70)
+    found = sample(fourier_grid(cupy.asarray(blobs(24))), cupy.asarray(frequencies), rotations, shifts)
+    np.testing.assert_allclose(found.get(), alone, atol=1e-5 * np.abs(alone).max())
+
+
 @pytest.mark.parametrize(("axis", "angle"), [("y", 35.0), ("y", -50.0), ("x", 35.0)])
 def test_projections_are_sums_along_the_beam(axis: Axis, angle: float) -> None:
     """Turn the specimen so that the image's u is x cos + z sin, sum over z, compare with the Fourier slice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 
 import gemmi
@@ -128,6 +129,18 @@ def test_faults_of_structure_files(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=words):
             load(path)
+
+
+def test_without_gemmi_only_files_of_atoms_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = carbon(tmp_path / "one.pdb", [(0.0, 0.0, 0.0)])
+    write_mrc(tmp_path / "map.mrc", density(groel(), 32, 8.0), 8.0)
+    monkeypatch.setitem(sys.modules, "gemmi", None)  # importing it raises ModuleNotFoundError
+    for wanted in (path, tmp_path / "one.cif.gz"):
+        wanted.write_bytes(path.read_bytes())
+        with pytest.raises(InputError, match=rf"{wanted.name}: .*gemmi.*pip install 'faml-gpu\[simulate\]'"):
+            load(wanted)
+    assert load("groel", voxel_size=8.0, resolution=24.0).name == "groel"
+    assert load(tmp_path / "map.mrc", voxel_size=8.0, resolution=24.0).name == "map.mrc"
 
 
 def test_a_structure_has_to_fit_the_box(tmp_path: Path) -> None:
