@@ -784,7 +784,8 @@ def fsc(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for postprocess.star, postprocess_fsc.json and postprocess_fsc.png.",
+            help="Folder for postprocess.mrc (with a mask postprocess_masked.mrc too), postprocess.star, "
+            "postprocess_fsc.json and postprocess_fsc.png.",
             show_default=False,
         ),
     ],
@@ -794,19 +795,30 @@ def fsc(
     radius: Annotated[
         float | None, typer.Option(metavar="Å", help="A soft sphere about the box centre instead of a mask.")
     ] = None,
+    b_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å²",
+            help="Sharpen postprocess.mrc: amplitudes times exp(-B / 4d²) at resolution d, as in RELION, such as -300. "
+            "A positive one blurs.",
+            show_default="not sharpened",
+        ),
+    ] = None,
     voxel_size: Annotated[
         float | None, typer.Option(metavar="Å", help="Voxel size, if the maps do not say it.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random phases.")] = 0,
 ) -> None:
-    """Fourier shell correlation of two maps, corrected for what a mask adds.
+    """Fourier shell correlation of two maps, corrected for what a mask adds, and their mean weighted by it.
 
     Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
     """
     with _ending(Resume(None)):
         from faml_gpu.half_files import compare_files, write_comparison
 
-        comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
+        comparison = compare_files(
+            first, second, mask=mask, radius=radius, voxel_size=voxel_size, b_factor=b_factor, seed=seed
+        )
         typer.echo("\n".join(comparison.lines()))
         typer.echo(f"wrote {', '.join(map(str, write_comparison(comparison, output)))}")
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.errors import InputError
-from faml_gpu.fsc import FscCurves, fsc_with_mask, resolution_at
+from faml_gpu.fsc import FscCurves, check_b_factor, final_map, fsc_with_mask, resolution_at
 from faml_gpu.halves import GOLD_STANDARD, HalfMaps
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.masks import soft_sphere
@@ -118,11 +118,24 @@ def half_line(result: HalfMaps) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """FSC of two files: the curves, the voxel size in Angstrom, and what `data_general` says of the input."""
+    """FSC of two files, and the map they make together.
+
+    Attributes
+    ----------
+    curves : FscCurves
+    voxel_size : Angstrom
+    names : what `data_general` says of the input
+    final : (N, N, N) float32, the mean of the two, see `fsc.final_map`; 0 where there is no resolution
+    masked : (N, N, N) float32, that times the mask; None without one
+    inputs : files that were read
+    """
 
     curves: FscCurves
     voxel_size: float
-    names: dict[str, str]
+    names: dict[str, Any]
+    final: Float32
+    masked: Float32 | None
+    inputs: tuple[Path, ...]
 
     def lines(self) -> list[str]:
         """For printing."""
@@ -136,9 +149,10 @@ def compare_files(
     mask: PathLike | None = None,
     radius: float | None = None,
     voxel_size: float | None = None,
+    b_factor: float | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Fourier shell correlation of two map files that lie on each other.
+    """Fourier shell correlation of two map files that lie on each other, and the map they make together.
 
     Parameters
     ----------
@@ -146,20 +160,24 @@ def compare_files(
     mask : MRC file, 0 .. 1
     radius : Angstrom, of a soft sphere about the box centre, instead of a mask
     voxel_size : Angstrom, where the files do not say it
+    b_factor : square Angstrom, for the final map; negative sharpens, see `fsc.final_map`
     seed : of the random phases that measure what the mask adds
 
     Raises
     ------
     InputError
-        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask.
+        Files that cannot be read, are not cubes, or differ in box or voxel size; both or an impossible mask; a B-factor
+        out of reach.
     """
     if mask is not None and radius is not None:
         raise InputError("options mask and radius: found both, expected at most one")
     one, voxel = _read(first, voxel_size)
     two, other = _read(second, voxel_size)
     _same(second, two, other, first, one, voxel)
+    check_b_factor(b_factor or 0.0, voxel)
     window: Float32 | None = None
-    names = {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
+    names: dict[str, Any] = {"rlnBfactorUsedForSharpening": b_factor} if b_factor else {}
+    names |= {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
     if mask is not None:
         window, size = _read(mask, voxel_size)
         _same(mask, window, size, first, one, voxel)
@@ -173,22 +191,38 @@ def compare_files(
                 f"option radius: found {radius:g} A, expected more than 0 and at most {widest * voxel:g} A"
             )
         window = soft_sphere(len(one), radius / voxel, SOFT_EDGE)
-    return Comparison(fsc_with_mask(one, two, window, seed=seed), voxel, names)
+    curves = fsc_with_mask(one, two, window, seed=seed)
+    resolution = resolution_at(curves.corrected, GOLD_STANDARD, voxel, len(one))
+    final = final_map((one + two) / 2, curves.corrected, resolution, voxel, b_factor)
+    inputs = tuple(Path(path) for path in (first, second, mask) if path is not None)
+    return Comparison(curves, voxel, names, final, None if window is None else final * window, inputs)
 
 
 def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
-    """Write postprocess.star, postprocess_fsc.json and postprocess_fsc.png; the folder is made.
+    """Write postprocess.mrc, postprocess_masked.mrc (with a mask), and the curves, see `write_fsc`; the folder is made.
 
     Raises
     ------
+    InputError
+        One of the files would replace what was read.
     OutputError
         The folder cannot be made, or a file cannot be written.
     """
     folder = Path(folder)
+    maps = {"postprocess.mrc": comparison.final}
+    if comparison.masked is not None:
+        maps["postprocess_masked.mrc"] = comparison.masked
+    for path in comparison.inputs:
+        if path.resolve() in {(folder / name).resolve() for name in maps}:
+            raise InputError(
+                f"output {folder}: {path.name} there was read and would be replaced; expected another folder"
+            )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        written = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
-    return written
+        for name, volume in maps.items():
+            write_mrc(folder / name, volume, comparison.voxel_size)
+        curves = write_fsc(folder, comparison.curves, comparison.voxel_size, comparison.names)
+    return [*(folder / name for name in maps), *curves]
 
 
 def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:

@@ -32,13 +32,10 @@ from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import (
     FscCurves,
-    fsc_weight,
+    final_map,
     fsc_with_mask,
-    lowpass,
     observed_voxels,
     resolution_at,
-    sharpen,
-    shell_filter,
 )
 from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.io.star import StarTable
@@ -304,7 +301,7 @@ def run_halves(
         half=half,
         maps=maps,
         average=average,
-        final=_final(average, curves, resolution, voxel, b_factor),
+        final=final_map(average, curves.corrected, resolution, voxel, b_factor),
         curves=curves,
         resolution=resolution,
         start_resolution=initial_lowpass,
@@ -457,11 +454,3 @@ def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
     numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * independent_share(mask) * curves.observed / copies
     total = numbers[looked].sum()
     return bool(total > 0 and (curves.corrected * numbers)[looked].sum() > SURE * np.sqrt(total))
-
-
-def _final(average: Float32, curves: FscCurves, resolution: float, voxel: float, b_factor: float | None) -> Float32:
-    """The average of all particles, FSC-weighted, nothing of it finer than the resolution."""
-    weighted = shell_filter(average, fsc_weight(curves.corrected))
-    if b_factor is not None:
-        weighted = sharpen(weighted, b_factor, voxel)
-    return lowpass(weighted, resolution, voxel) if np.isfinite(resolution) else np.zeros_like(weighted)
