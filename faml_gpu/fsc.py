@@ -317,7 +317,7 @@ def final_map(
     curve : (S,) array, FSC of the half maps in shells 0 .. S - 1
     resolution : Angstrom; where it is infinite, the map is 0
     voxel_size : Angstrom
-    b_factor : B, square Angstrom; None or 0 does not sharpen
+    b_factor : B, square Angstrom, within reach (`check_b_factor`); None or 0 does not sharpen
 
     Returns
     -------
@@ -326,7 +326,7 @@ def final_map(
     Raises
     ------
     InputError
-        The map is no cube, or the B-factor out of reach (`check_b_factor`).
+        The map is no cube.
     """
     values = np.asarray(volume, dtype=np.float32)
     _check_cube(values, "final map: map")
@@ -335,7 +335,6 @@ def final_map(
     extent, radius, weight = len(values) * voxel_size, _frequency_radius(len(values)), fsc_weight(curve)
     gain = np.interp(radius, np.arange(len(weight)), weight) * _lowpass_gain(radius, extent / resolution)
     if b_factor:
-        check_b_factor(b_factor, voxel_size)
         gain *= np.exp(-b_factor * (radius / extent) ** 2 / 4)
     return _filtered(values, gain)
 

@@ -90,6 +90,7 @@ def test_the_map_they_make_together(b_factor: str | None, masked: bool, maps: li
     """The mean times sqrt(2 FSC / (1 + FSC)) exp(-B / 4d²) in each Fourier voxel, up to where the FSC ends."""
     window = soft_sphere(BOX, 7.0, 3.0)
     write_mrc(tmp_path / "mask.mrc", window, VOXEL)
+    write_mrc(tmp_path / "b.mrc", 2 * maps[1], VOXEL)  # what the mean is made of shows
     options = (["--mask", tmp_path / "mask.mrc"] if masked else []) + (["--b-factor", b_factor] if b_factor else [])
     printed = run(tmp_path / "a.mrc", tmp_path / "b.mrc", "-o", tmp_path / "out", *options)
     found, voxel = read_mrc(tmp_path / "out/postprocess.mrc")
@@ -100,7 +101,7 @@ def test_the_map_they_make_together(b_factor: str | None, masked: bool, maps: li
     xi = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + np.arange(BOX // 2 + 1) ** 2)
     weight = np.interp(xi, np.arange(len(curve)), np.sqrt(2 * curve.clip(0) / (1 + curve.clip(0))))
     s = xi / (BOX * VOXEL)
-    expected = np.fft.rfftn((maps[0] + maps[1]) / 2) * weight * np.exp(-float(b_factor or 0) / 4 * s**2)
+    expected = np.fft.rfftn((maps[0] + 2 * maps[1]) / 2) * weight * np.exp(-float(b_factor or 0) / 4 * s**2)
     spectrum = np.fft.rfftn(found)
     scale = np.abs(expected[xi < 7]).max()
     # The FSC ends between shells 6 and 7: one shell before its end the cut-off begins, one after all is gone.
