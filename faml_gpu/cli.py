@@ -315,6 +315,26 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = False
+    fsc_mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MAP",
+            help="With --halves: soft mask (.mrc, 0 to 1) inside which they are compared, lying as the averages do. "
+            "May be another one with --resume.",
+            show_default="the sphere of --mask-radius",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    b_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å²",
+            help="With --halves: sharpen postprocess.mrc, amplitudes times exp(-B / 4d²) at resolution d as in RELION, "
+            "such as -300. A positive one blurs. May be another one with --resume.",
+            show_default="not sharpened",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     padding: Annotated[
         int,
         typer.Option(

@@ -19,7 +19,15 @@ from faml_gpu.plan import SOFT_EDGE
 from faml_gpu.report.fsc import fsc_lines, write_fsc
 from faml_gpu.run_folder import writing
 
-__all__ = ["Comparison", "compare_files", "half_line", "half_summary", "write_comparison", "write_halves"]
+__all__ = [
+    "Comparison",
+    "compare_files",
+    "half_line",
+    "half_summary",
+    "read_mask",
+    "write_comparison",
+    "write_halves",
+]
 
 Float32 = NDArray[np.float32]
 PathLike = str | os.PathLike[str]
@@ -27,7 +35,14 @@ PathLike = str | os.PathLike[str]
 VOXEL_TOLERANCE = 0.01  # relative, between voxel sizes in headers
 
 
-def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, root: str = "postprocess") -> list[Path]:
+def write_halves(
+    result: HalfMaps,
+    folder: PathLike,
+    *,
+    class_number: int = 1,
+    root: str = "postprocess",
+    mask_name: str | None = None,
+) -> list[Path]:
     """Write half maps, final map and FSC under RELION's names.
 
     run_half1_class001_unfil.mrc and run_half2_class001_unfil.mrc are what RELION's postprocessing takes;
@@ -40,6 +55,7 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
     folder : exists
     class_number : from 1, in the names
     root : one for each class where there are several
+    mask_name : file of the mask of the FSC, for ROOT.star
 
     Returns
     -------
@@ -71,8 +87,10 @@ def write_halves(result: HalfMaps, folder: PathLike, *, class_number: int = 1, r
             {
                 # Not where the curve falls: within the start's band it says nothing.
                 "rlnFinalResolution": result.resolution,
+                **({"rlnBfactorUsedForSharpening": result.b_factor} if result.b_factor else {}),
                 "rlnUnfilteredMapHalf1": halves[0],
                 "rlnUnfilteredMapHalf2": halves[1],
+                **({} if mask_name is None else {"rlnMaskName": mask_name}),
             },
             root=root,
             facts=summary,
@@ -97,6 +115,7 @@ def half_summary(result: HalfMaps) -> dict[str, Any]:
         "beyond_start": result.beyond_start,
         "particles": [int((result.half == number).sum()) for number in (1, 2)],
         "iterations": [run.state.iteration for run in result.results],
+        "b_factor": result.b_factor,
     }
 
 
@@ -173,16 +192,13 @@ def compare_files(
         raise InputError("options mask and radius: found both, expected at most one")
     one, voxel = _read(first, voxel_size)
     two, other = _read(second, voxel_size)
-    _same(second, two, other, first, one, voxel)
+    _same(second, two, other, first, len(one), voxel)
     check_b_factor(b_factor or 0.0, voxel)
     window: Float32 | None = None
     names: dict[str, Any] = {"rlnBfactorUsedForSharpening": b_factor} if b_factor else {}
     names |= {"rlnUnfilteredMapHalf1": os.fspath(first), "rlnUnfilteredMapHalf2": os.fspath(second)}
     if mask is not None:
-        window, size = _read(mask, voxel_size)
-        _same(mask, window, size, first, one, voxel)
-        if window.min() < 0 or window.max() > 1 or not window.any():
-            raise InputError(f"{mask}: found values {window.min():g} to {window.max():g}, expected a mask of 0 to 1")
+        window = read_mask(mask, len(one), voxel, first)
         names["rlnMaskName"] = os.fspath(mask)
     elif radius is not None:
         widest = len(one) / 2 - SOFT_EDGE
@@ -225,14 +241,42 @@ def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
     return [*(folder / name for name in maps), *curves]
 
 
+def read_mask(mask: PathLike | Float32, box: int, voxel_size: float, other: PathLike) -> Float32:
+    """A mask, (N, N, N) float32, from a file or an array, that lies on the grid of a map.
+
+    Parameters
+    ----------
+    mask : MRC file, or (N, N, N) array; a file that does not say its voxel size has that of the map
+    box, voxel_size : N, and Angstrom, of the map
+    other : what the map is called
+
+    Raises
+    ------
+    InputError
+        Another box or voxel size, values that are not within 0 .. 1, or 0 everywhere.
+    """
+    name: PathLike = "mask"
+    if isinstance(mask, (str, os.PathLike)):
+        name, (volume, size) = mask, _cube(*read_mrc(mask), mask)
+    else:
+        volume, size = _cube(np.ascontiguousarray(mask, dtype=np.float32), None, name)
+    _same(name, volume, voxel_size if size is None else size, other, box, voxel_size)
+    if volume.min() < 0 or volume.max() > 1 or not volume.any():
+        raise InputError(f"{name}: found values {volume.min():g} to {volume.max():g}, expected a mask of 0 to 1")
+    return volume
+
+
+def _cube(volume: Float32, voxel: float | None, name: PathLike) -> tuple[Float32, float | None]:
+    if volume.ndim != 3 or len(set(volume.shape)) != 1:
+        raise InputError(f"{name}: {' x '.join(map(str, volume.shape[::-1]))} voxels, expected a cube")
+    if not np.isfinite(volume).all():
+        raise InputError(f"{name}: found NaN or Inf, expected numbers")
+    return volume, voxel
+
+
 def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
     """A cubic map and its voxel size."""
-    volume, voxel = read_mrc(path)
-    if len(set(volume.shape)) != 1:
-        size = " x ".join(map(str, volume.shape[::-1]))
-        raise InputError(f"{path}: {size} voxels, expected a cube")
-    if not np.isfinite(volume).all():
-        raise InputError(f"{path}: found NaN or Inf, expected numbers")
+    volume, voxel = _cube(*read_mrc(path), path)
     if stated is not None and not (np.isfinite(stated) and stated > 0):
         raise InputError(f"option voxel-size: found {stated:g} A, expected more than 0")
     if voxel is None:
@@ -244,9 +288,9 @@ def _read(path: PathLike, stated: float | None) -> tuple[Float32, float]:
     return volume, voxel
 
 
-def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, expected: Float32, size: float) -> None:
+def _same(path: PathLike, volume: Float32, voxel: float, other: PathLike, box: int, size: float) -> None:
     """Refuse maps on different grids."""
-    if volume.shape != expected.shape:
-        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {len(expected)} as in {other}")
+    if len(volume) != box:
+        raise InputError(f"{path}: found a box of {len(volume)} voxels, expected {box} as in {other}")
     if not abs(voxel / size - 1) <= VOXEL_TOLERANCE:
         raise InputError(f"{path}: found a voxel size of {voxel:g} A, expected {size:g} A as in {other}")

@@ -94,6 +94,7 @@ class Options:
     scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
         offset needs none: the mean outside the mask is always subtracted
     halves : then two halves of each class are averaged apart, see `halves.refine_halves`
+    b_factor : of their final map, square Angstrom, see `fsc.final_map`; negative sharpens (default: neither)
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : divide each box by its standard deviation outside the mask; the mean there is subtracted in any case
@@ -123,6 +124,7 @@ class Options:
     noise_groups: Literal["auto", "none", "optics", "tomogram"] | None = None
     scale_correction: bool = False
     halves: bool = False
+    b_factor: float | None = None
     padding: int = 2
     invert: bool = False
     normalize: bool = True
@@ -185,6 +187,7 @@ class Options:
                 self.noise_groups,
                 "'auto', 'none', 'optics' or 'tomogram'",
             ),
+            (self.halves or not self.b_factor, "b_factor", self.b_factor, "none without halves: it sharpens their map"),
             (self.padding in (1, 2, 3, 4), "padding", self.padding, "1, 2, 3 or 4"),
         ]
         for valid, name, found, expected in checks:
