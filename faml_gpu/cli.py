@@ -217,8 +217,8 @@ class Shared:
     band: Annotated[
         Literal["evidence", "growing", "full"] | None,
         typer.Option(
-            help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: besides, only "
-            "as far as two halves of the particles agree. full: all from the start.",
+            help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: as soon and as "
+            "far as two halves of the particles agree on more, and back. full: all from the start.",
             show_default="growing, paper full",
             rich_help_panel=METHOD_PANEL,
         ),
@@ -919,11 +919,12 @@ def _dry_run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
             found = dry_run(particles, n_classes, progress=display.step, **options)
         took, values = found.forecast, found.resolved
         of_others = "all read" if found.looked_into == found.particles else f"{found.looked_into} read, all headers"
-        finest, coarsest = values["resolution"], found.box * found.voxel_size / values["r_start"]
+        coarsest = found.box * found.voxel_size / values["r_start"]
+        finest = f"{'at most ' if values['choices']['band'] == 'evidence' else ''}{values['resolution']:.1f}"
         lines = {
             "input": f"{found.particles} boxes of {found.box} voxels of {found.voxel_size:g} Å ({of_others})",
             "plan": f"{'1 class' if n_classes == 1 else f'{n_classes} classes'}, "
-            f"at most {values['iterations']} iterations, detail from {coarsest:.0f} to {finest:.1f} Å, "
+            f"at most {values['iterations']} iterations, detail from {coarsest:.0f} to {finest} Å, "
             f"mask of {values['mask_radius']:.0f} Å, shifts to {values['max_shift']:.0f} Å, "
             f"{took.batch} particles at a time",
             "time": f"{_seconds(took.first)} for an iteration at the coarsest, {_seconds(took.full)} at all detail: "

@@ -79,8 +79,9 @@ class Options:
     threads : CPU threads; None: all cores this process may use
     mask_radius : of the soft spherical mask (default 0.8 of half the box)
     resolution : finest resolution used in alignment and likelihood (default: full band)
-    band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as that and only as two
-        halves of the particles agree ("evidence", see `resolution`); or "full" from the start (default: by preset)
+    band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as two halves of the
+        particles agree, whenever that is ("evidence", see `resolution`; while several `starts` are tried, not beyond
+        where all begin); or "full" from the start (default: by preset)
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)
