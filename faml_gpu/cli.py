@@ -217,8 +217,8 @@ class Shared:
     band: Annotated[
         Literal["evidence", "growing", "full"] | None,
         typer.Option(
-            help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: besides, only "
-            "as far as two halves of the particles agree. full: all from the start.",
+            help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: as soon and as "
+            "far as two halves of the particles agree on more, and back. full: all from the start.",
             show_default="growing, paper full",
             rich_help_panel=METHOD_PANEL,
         ),
@@ -315,6 +315,26 @@ class Shared:
             rich_help_panel=METHOD_PANEL,
         ),
     ] = False
+    fsc_mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MAP",
+            help="With --halves: soft mask (.mrc, 0 to 1) inside which they are compared, lying as the averages do. "
+            "May be another one with --resume.",
+            show_default="the sphere of --mask-radius",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
+    b_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å²",
+            help="With --halves: sharpen postprocess.mrc, amplitudes times exp(-B / 4d²) at resolution d as in RELION, "
+            "such as -300. A positive one blurs. May be another one with --resume.",
+            show_default="not sharpened",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None
     padding: Annotated[
         int,
         typer.Option(
@@ -784,7 +804,8 @@ def fsc(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for postprocess.star, postprocess_fsc.json and postprocess_fsc.png.",
+            help="Folder for postprocess.mrc (with a mask postprocess_masked.mrc too), postprocess.star, "
+            "postprocess_fsc.json and postprocess_fsc.png.",
             show_default=False,
         ),
     ],
@@ -794,19 +815,30 @@ def fsc(
     radius: Annotated[
         float | None, typer.Option(metavar="Å", help="A soft sphere about the box centre instead of a mask.")
     ] = None,
+    b_factor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="Å²",
+            help="Sharpen postprocess.mrc: amplitudes times exp(-B / 4d²) at resolution d, as in RELION, such as -300. "
+            "A positive one blurs.",
+            show_default="not sharpened",
+        ),
+    ] = None,
     voxel_size: Annotated[
         float | None, typer.Option(metavar="Å", help="Voxel size, if the maps do not say it.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random phases.")] = 0,
 ) -> None:
-    """Fourier shell correlation of two maps, corrected for what a mask adds.
+    """Fourier shell correlation of two maps, corrected for what a mask adds, and their mean weighted by it.
 
     Where the curve falls below 0.5 and 0.143; of several crossings the first, coarsest one counts.
     """
     with _ending(Resume(None)):
         from faml_gpu.half_files import compare_files, write_comparison
 
-        comparison = compare_files(first, second, mask=mask, radius=radius, voxel_size=voxel_size, seed=seed)
+        comparison = compare_files(
+            first, second, mask=mask, radius=radius, voxel_size=voxel_size, b_factor=b_factor, seed=seed
+        )
         typer.echo("\n".join(comparison.lines()))
         typer.echo(f"wrote {', '.join(map(str, write_comparison(comparison, output)))}")
 
@@ -887,11 +919,12 @@ def _dry_run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
             found = dry_run(particles, n_classes, progress=display.step, **options)
         took, values = found.forecast, found.resolved
         of_others = "all read" if found.looked_into == found.particles else f"{found.looked_into} read, all headers"
-        finest, coarsest = values["resolution"], found.box * found.voxel_size / values["r_start"]
+        coarsest = found.box * found.voxel_size / values["r_start"]
+        finest = f"{'at most ' if values['choices']['band'] == 'evidence' else ''}{values['resolution']:.1f}"
         lines = {
             "input": f"{found.particles} boxes of {found.box} voxels of {found.voxel_size:g} Å ({of_others})",
             "plan": f"{'1 class' if n_classes == 1 else f'{n_classes} classes'}, "
-            f"at most {values['iterations']} iterations, detail from {coarsest:.0f} to {finest:.1f} Å, "
+            f"at most {values['iterations']} iterations, detail from {coarsest:.0f} to {finest} Å, "
             f"mask of {values['mask_radius']:.0f} Å, shifts to {values['max_shift']:.0f} Å, "
             f"{took.batch} particles at a time",
             "time": f"{_seconds(took.first)} for an iteration at the coarsest, {_seconds(took.full)} at all detail: "

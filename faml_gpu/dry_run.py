@@ -39,7 +39,7 @@ class Forecast:
     measured : particles that were timed
     batch : particles worked on at a time
     first, full : seconds of an iteration at the coarsest and at all detail
-    total : seconds of all iterations, if it does not converge before
+    total : seconds of all iterations, if it does not converge before, nor evidence hold its band back
     host, device : most memory, bytes; device is None on the CPU
     disk : bytes in the output folder at the end
     """
@@ -116,7 +116,7 @@ def forecast(
     power = np.log(last / first) / np.log(ratio) if ratio > 1 else 0.0
     bands = [whole.r_max(i) for i in range(1, options.iterations + 1)]
     total = sum(first * (r / whole.r_start) ** power for r in bands)
-    of_start = sum(first * (r / whole.r_start) ** power for r in bands[: max(1, whole.explored)])
+    of_start = sum(first * (r / whole.r_start) ** power for r in bands[: whole.tried])
     total += (options.starts - 1) * of_start
     total += (at_full["read"] + at_full["rotate back"]) / count * n  # of the final averages
     poses = options.candidates * POSE * n * options.n_classes

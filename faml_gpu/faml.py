@@ -122,13 +122,16 @@ def begin(plan: Plan, particles: ParticleSource, reference: Float32 | None, use_
 
 
 def likeliest_start(plan: Plan, particles: ParticleSource, progress: Progress | None = None) -> Checkpoint:
-    """Of several random starts that which has the highest likelihood after its first, coarse iterations."""
+    """Of several random starts that which has the highest likelihood after its first, coarse iterations.
+
+    All in the same bands (`Plan.r_max`): the likelihood is a sum over Fourier voxels, and that of more is another.
+    """
     best, likelihoods = None, []
     for trial in range(plan.options.starts):
         of_trial = replace(plan, trial=trial)
         told = progress_of(f"start {trial + 1}/{plan.options.starts}", progress)
         checkpoint = begin(of_trial, particles, None, False)
-        for _ in range(max(1, plan.explored)):
+        for _ in range(plan.tried):
             checkpoint = iterate(of_trial, particles, checkpoint, told)
         likelihoods.append(checkpoint.history[-1].log_likelihood)
         if best is None or likelihoods[-1] > best.history[-1].log_likelihood:

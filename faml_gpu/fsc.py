@@ -12,7 +12,9 @@ from faml_gpu.errors import InputError
 
 __all__ = [
     "FscCurves",
+    "check_b_factor",
     "crossings",
+    "final_map",
     "fsc",
     "fsc_observed",
     "fsc_weight",
@@ -21,8 +23,6 @@ __all__ = [
     "observed_voxels",
     "randomise_phases",
     "resolution_at",
-    "sharpen",
-    "shell_filter",
     "shell_index",
 ]
 
@@ -32,7 +32,9 @@ Float64 = NDArray[np.float64]
 RANDOMISE_BELOW = 0.8  # of the unmasked curve (Chen et al. 2013)
 NOT_CORRECTED = 2  # shells from where phases are random: intact neighbours leak into these, through any mask
 DRAWS = 5  # of random phases, averaged, so that the correction adds little noise of its own
+EDGE = 2.0  # Fourier voxels over which a low-pass filter falls to 0
 OBSERVED = 0.1  # of a half's particles that must have observed a Fourier voxel
+STRONGEST = 40.0  # exponent of a B-factor at Nyquist: what float32 has room for, with much to spare on both sides
 
 
 def shell_index(box: int) -> NDArray[np.int64]:
@@ -250,7 +252,7 @@ def resolution_at(curve: ArrayLike, threshold: float, voxel_size: float, box: in
     return float(box * voxel_size / (shell - 1 + drop))
 
 
-def lowpass(volume: ArrayLike, resolution: float, voxel_size: float, edge: float = 2.0) -> NDArray[np.float32]:
+def lowpass(volume: ArrayLike, resolution: float, voxel_size: float, edge: float = EDGE) -> NDArray[np.float32]:
     """Low-pass filter with a raised-cosine edge, half height at the resolution.
 
     Parameters
@@ -269,13 +271,7 @@ def lowpass(volume: ArrayLike, resolution: float, voxel_size: float, edge: float
     if not resolution > 0:
         raise InputError(f"low-pass filter: found a resolution of {resolution} A, expected more than 0")
     box = values.shape[0]
-    cut = box * voxel_size / resolution
-    radius = _frequency_radius(box)
-    if edge > 0:
-        gain = 0.5 + 0.5 * np.cos(np.pi * np.clip((radius - cut) / edge + 0.5, 0.0, 1.0))
-    else:
-        gain = (radius <= cut).astype(np.float64)
-    return _filtered(values, gain)
+    return _filtered(values, _lowpass_gain(_frequency_radius(box), box * voxel_size / resolution, edge))
 
 
 def fsc_weight(curve: ArrayLike) -> Float64:
@@ -287,44 +283,71 @@ def fsc_weight(curve: ArrayLike) -> Float64:
     return np.asarray(np.sqrt(2 * values / (1 + values)))
 
 
-def shell_filter(volume: ArrayLike, gains: ArrayLike) -> Float32:
-    """A map times a gain per shell, linear in |ξ| between the shells; beyond the last shell, its gain.
+def check_b_factor(b_factor: float, voxel_size: float) -> None:
+    """Refuse a B-factor that would leave nothing of a map but its finest detail, or but its mean.
 
-    Parameters
-    ----------
-    volume : (N, N, N) array
-    gains : (S,) array, shells 0 .. S - 1
-
-    Returns
-    -------
-    (N, N, N) float32 array
+    Raises
+    ------
+    InputError
+        exp(-B s² / 4) at Nyquist, s = 1 / (2 voxel size), is not within e^-40 .. e^40.
     """
-    values, steps = np.asarray(volume, dtype=np.float32), np.asarray(gains, dtype=np.float64)
-    _check_cube(values, "shell filter: map")
-    return _filtered(values, np.interp(_frequency_radius(len(values)), np.arange(len(steps)), steps))
+    most = STRONGEST * 4 * (2 * voxel_size) ** 2
+    if not abs(b_factor) <= most:
+        raise InputError(
+            f"option b-factor: found {b_factor:g} A^2, expected {-most:g} to {most:g} A^2 with voxels of "
+            f"{voxel_size:g} A (such as -300; negative sharpens)"
+        )
 
 
-def sharpen(volume: ArrayLike, b_factor: float, voxel_size: float) -> Float32:
-    """A map times exp(-B s² / 4), s = 1 / resolution: a negative B sharpens, a positive one blurs.
+def final_map(
+    volume: ArrayLike, curve: ArrayLike, resolution: float, voxel_size: float, b_factor: float | None = None
+) -> Float32:
+    """The average of two half maps weighted by their FSC, sharpened, and cut off at a resolution.
+
+    Each Fourier voxel is multiplied by sqrt(2 FSC / (1 + FSC)) exp(-B s² / 4), with s = |ξ| / (N voxel size) and the
+    weight (`fsc_weight`) linear in |ξ| between the shells, and by the gain of `lowpass`. The sign of B is RELION's: a
+    negative one sharpens.
+
+    All in one: a map that is sharpened before it is cut off holds little but the noise of its corners, to the
+    precision of its numbers.
 
     Parameters
     ----------
     volume : (N, N, N) array
-    b_factor : B, square Angstrom
+    curve : (S,) array, FSC of the half maps in shells 0 .. S - 1
+    resolution : Angstrom; where it is infinite, the map is 0
     voxel_size : Angstrom
+    b_factor : B, square Angstrom, within reach (`check_b_factor`); None or 0 does not sharpen
 
     Returns
     -------
     (N, N, N) float32 array
+
+    Raises
+    ------
+    InputError
+        The map is no cube.
     """
     values = np.asarray(volume, dtype=np.float32)
-    _check_cube(values, "sharpening: map")
-    s = _frequency_radius(len(values)) / (len(values) * voxel_size)
-    return _filtered(values, np.exp(-b_factor * s * s / 4))
+    _check_cube(values, "final map: map")
+    if not np.isfinite(resolution):
+        return np.zeros_like(values)
+    extent, radius, weight = len(values) * voxel_size, _frequency_radius(len(values)), fsc_weight(curve)
+    gain = np.interp(radius, np.arange(len(weight)), weight) * _lowpass_gain(radius, extent / resolution)
+    if b_factor:
+        gain *= np.exp(-b_factor * (radius / extent) ** 2 / 4)
+    return _filtered(values, gain)
 
 
 def _filtered(volume: Float32, gain: Float64) -> Float32:
     return np.asarray(fft.irfftn(fft.rfftn(volume) * gain.astype(np.float32), s=volume.shape), dtype=np.float32)
+
+
+def _lowpass_gain(radius: Float64, cut: float, edge: float = EDGE) -> Float64:
+    """Raised cosine, half its height at `cut`; all in Fourier voxels."""
+    if edge > 0:
+        return np.asarray(0.5 + 0.5 * np.cos(np.pi * np.clip((radius - cut) / edge + 0.5, 0.0, 1.0)))
+    return (radius <= cut).astype(np.float64)
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Float64, Float64]:

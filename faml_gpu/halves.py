@@ -32,13 +32,11 @@ from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import (
     FscCurves,
-    fsc_weight,
+    check_b_factor,
+    final_map,
     fsc_with_mask,
-    lowpass,
     observed_voxels,
     resolution_at,
-    sharpen,
-    shell_filter,
 )
 from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.io.star import StarTable
@@ -153,6 +151,7 @@ class HalfMaps:
     maps : (2, N, N, N) float32, the halves' averages, not filtered
     average : (N, N, N) float32, of all particles in the poses found in their halves, not filtered
     final : (N, N, N) float32, `average` weighted by the FSC, cut off where it ends, sharpened if asked for
+    b_factor : by which it is, square Angstrom; None where it is not
     curves : FscCurves, over the voxels both halves observed, corrected for the mask
     resolution : Angstrom, at FSC 0.143; that of the start where nothing finer is shown
     start_resolution : Angstrom, low-pass of the common start
@@ -168,6 +167,7 @@ class HalfMaps:
     maps: Float32
     average: Float32
     final: Float32
+    b_factor: float | None
     curves: FscCurves
     resolution: float
     start_resolution: float
@@ -251,11 +251,12 @@ def run_halves(
     Raises
     ------
     InputError
-        Fewer than two particles, an empty half, options or maps that do not fit.
+        Fewer than two particles, an empty half, options, maps or a B-factor that do not fit.
     """
     options = replace(options, n_classes=1, starts=1)
     half = _halves(particles, half, options.seed)
     box, voxel = particles.box, particles.voxel_size
+    check_b_factor(b_factor or 0.0, voxel)
     if mask is not None and mask.shape != (box,) * 3:
         raise InputError(f"mask: found a box of {mask.shape} voxels, expected {(box,) * 3} as the particles")
     initial_lowpass = common_lowpass(options, box, voxel, initial_lowpass)
@@ -304,7 +305,8 @@ def run_halves(
         half=half,
         maps=maps,
         average=average,
-        final=_final(average, curves, resolution, voxel, b_factor),
+        final=final_map(average, curves.corrected, resolution, voxel, b_factor),
+        b_factor=b_factor or None,
         curves=curves,
         resolution=resolution,
         start_resolution=initial_lowpass,
@@ -340,6 +342,7 @@ def refine_halves(
     together: Result,
     *,
     initial_lowpass: float,
+    mask: Float32 | None = None,
     checkpoint: Callable[[int, int], Checkpoint | None] | None = None,
     on_iteration: Callable[[int, int, Checkpoint], None] | None = None,
     progress: Progress | None = None,
@@ -352,6 +355,7 @@ def refine_halves(
     options : Options
     together : the run of all particles, which used nothing finer than `initial_lowpass` (`together_options`)
     initial_lowpass : Angstrom, of its averages, with which both halves begin
+    mask : (N, N, N) for the FSC of every class; None is the soft sphere of the alignment
     checkpoint : gets class (from 0) and half (1 or 2), gives what to go on from
     on_iteration : gets class, half and the checkpoint after each iteration
     progress : progress(step, done, total)
@@ -378,6 +382,8 @@ def refine_halves(
             reference=together.maps[k],
             initial_lowpass=initial_lowpass,
             half=half[members],
+            mask=mask,
+            b_factor=options.b_factor,
             checkpoints=(None, None) if checkpoint is None else (checkpoint(k, 1), checkpoint(k, 2)),
             on_iteration=numbered,
             progress=progress if len(maps) == 1 else progress_of(f"class {k + 1}", progress),
@@ -457,11 +463,3 @@ def _beyond(curves: FscCurves, shell: int, mask: Float32, copies: int) -> bool:
     numbers = 4 / 3 * np.pi * np.diff(radius**3, prepend=0.0) * independent_share(mask) * curves.observed / copies
     total = numbers[looked].sum()
     return bool(total > 0 and (curves.corrected * numbers)[looked].sum() > SURE * np.sqrt(total))
-
-
-def _final(average: Float32, curves: FscCurves, resolution: float, voxel: float, b_factor: float | None) -> Float32:
-    """The average of all particles, FSC-weighted, nothing of it finer than the resolution."""
-    weighted = shell_filter(average, fsc_weight(curves.corrected))
-    if b_factor is not None:
-        weighted = sharpen(weighted, b_factor, voxel)
-    return lowpass(weighted, resolution, voxel) if np.isfinite(resolution) else np.zeros_like(weighted)

@@ -79,8 +79,9 @@ class Options:
     threads : CPU threads; None: all cores this process may use
     mask_radius : of the soft spherical mask (default 0.8 of half the box)
     resolution : finest resolution used in alignment and likelihood (default: full band)
-    band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as that and only as two
-        halves of the particles agree ("evidence", see `resolution`); or "full" from the start (default: by preset)
+    band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as two halves of the
+        particles agree, whenever that is ("evidence", see `resolution`; while several `starts` are tried, not beyond
+        where all begin); or "full" from the start (default: by preset)
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)
@@ -94,6 +95,7 @@ class Options:
     scale_correction : the average is multiplied by a number in each particle, found with its poses (contrast, ice); an
         offset needs none: the mean outside the mask is always subtracted
     halves : then two halves of each class are averaged apart, see `halves.refine_halves`
+    b_factor : of their final map, square Angstrom, see `fsc.final_map`; negative sharpens (default: neither)
     padding : zero padding before interpolation in Fourier space
     invert : the protein is dark in the input
     normalize : divide each box by its standard deviation outside the mask; the mean there is subtracted in any case
@@ -123,6 +125,7 @@ class Options:
     noise_groups: Literal["auto", "none", "optics", "tomogram"] | None = None
     scale_correction: bool = False
     halves: bool = False
+    b_factor: float | None = None
     padding: int = 2
     invert: bool = False
     normalize: bool = True
@@ -185,6 +188,7 @@ class Options:
                 self.noise_groups,
                 "'auto', 'none', 'optics' or 'tomogram'",
             ),
+            (self.halves or not self.b_factor, "b_factor", self.b_factor, "none without halves: it sharpens their map"),
             (self.padding in (1, 2, 3, 4), "padding", self.padding, "1, 2, 3 or 4"),
         ]
         for valid, name, found, expected in checks:

@@ -22,7 +22,8 @@ from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress,
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.dry_run import Forecast, forecast
 from faml_gpu.errors import InputError
-from faml_gpu.half_files import half_summary, write_halves
+from faml_gpu.fsc import check_b_factor
+from faml_gpu.half_files import half_summary, read_mask, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import FileParticles, open_particles
@@ -78,6 +79,7 @@ def classify(
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
+    fsc_mask: PathLike | NDArray[np.float32] | None = None,
     recenter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -100,9 +102,12 @@ def classify(
     use_poses : start from the poses (and classes) of the STAR file
     reference : start from this map: a file, or an array `[z, y, x]`; same box and voxel size as the particles
     initial_lowpass : low-pass of the start, Angstrom (needs `reference`, `use_poses` or `halves`)
+    fsc_mask : inside which `halves` are compared: a file, or an array `[z, y, x]`, 0 to 1; same box and voxel size as
+        the particles, lying as the averages do. None is the sphere of mask_radius
     recenter : write run_data_recentered.star too, with each particle's coordinates moved onto it and its origin 0, to
         extract boxes from anew
-    resume : go on with the run in `output`: same input and options, `iterations` may be more
+    resume : go on with the run in `output`: same input and options, `iterations` may be more; `b_factor` and `fsc_mask`
+        may be others: halves are kept, and what these two make is made anew
     overwrite : replace the run in `output`
     progress : called with (step name, done, total) within an iteration
     on_iteration : called with the record of each completed iteration, after its files are written
@@ -138,12 +143,13 @@ def classify(
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
+        fsc_mask=fsc_mask,
         recenter=recenter,
         progress=progress,
     )
     source = job.data.source
     if folder is not None:
-        folder.check(inputs=job.data.files(reference))
+        folder.check(inputs=job.data.files(reference, fsc_mask))
 
     with ExitStack() as stack:
         checkpoint = None
@@ -165,6 +171,7 @@ def classify(
                         "reference": None if job.map is None else hashlib.sha256(job.map.tobytes()).hexdigest(),
                         "initial_lowpass": initial_lowpass,
                     },
+                    "fsc_mask": None if job.fsc_mask is None else hashlib.sha256(job.fsc_mask.tobytes()).hexdigest(),
                     "options": asdict(chosen),
                     "resolved": job.resolved,
                 },
@@ -174,6 +181,7 @@ def classify(
                     use_poses=use_poses,
                     reference=reference,
                     initial_lowpass=initial_lowpass,
+                    fsc_mask=fsc_mask,
                     recenter=recenter,
                 ),
             )
@@ -195,10 +203,10 @@ def classify(
             progress=progress,
         )
         if chosen.halves:
-            result = _halve(source, chosen, result, job.halves_lowpass, folder, on_iteration, progress)
+            result = _halve(job, result, folder, on_iteration, progress)
         remarks = _doubts(result)
         if folder is not None:
-            _write_final(folder, result, source, remarks, recenter)
+            _write_final(folder, result, source, remarks, recenter, _named(fsc_mask))
             _write_pictures(folder.path)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
@@ -212,6 +220,7 @@ class _Job:
     options, resolved : as given, and with what they come to; `together` those of the run of all particles, which with
         `halves` goes to `halves_lowpass` only
     map, start_filter : of a start that knows something; `lowpass` what that filter comes to
+    fsc_mask : of the halves; None is the sphere of the alignment
     """
 
     data: _Input
@@ -224,6 +233,7 @@ class _Job:
     start_filter: float | None
     lowpass: float | None
     halves_lowpass: float
+    fsc_mask: NDArray[np.float32] | None
 
 
 def _prepare(
@@ -237,6 +247,7 @@ def _prepare(
     use_poses: bool,
     reference: PathLike | NDArray[np.float32] | None,
     initial_lowpass: float | None,
+    fsc_mask: PathLike | NDArray[np.float32] | None,
     recenter: bool,
     progress: Progress | None,
     sample: int | None = None,
@@ -250,6 +261,8 @@ def _prepare(
             raise InputError(
                 "option initial_lowpass: found no map to filter; give reference or use_poses too, or halves"
             )
+    if fsc_mask is not None and not chosen.halves:
+        raise InputError("option fsc_mask: found no halves to compare inside it; give halves too")
     data = _Input.open(
         particles,
         tilt_range=tilt_range,
@@ -282,13 +295,16 @@ def _prepare(
     start_filter = initial_lowpass if known else None
     lowpass = start_lowpass(start_filter, source.voxel_size, known=known)
     resolved = resolve(chosen, source.box, source.voxel_size, lowpass)
-    together, shared = chosen, 0.0
+    together, shared, window = chosen, 0.0, None
     if chosen.halves:
+        check_b_factor(chosen.b_factor or 0.0, source.voxel_size)
+        if fsc_mask is not None:
+            window = read_mask(fsc_mask, source.box, source.voxel_size, "the particles")
         stated_halves(source)  # what the input says of them can be used
         shared = common_lowpass(chosen, source.box, source.voxel_size, initial_lowpass)
         together = together_options(chosen, source.box, source.voxel_size, shared)
         resolved |= {"halves_lowpass": shared}
-    return _Job(data, chosen, together, resolved, device, reason, start_map, start_filter, lowpass, shared)
+    return _Job(data, chosen, together, resolved, device, reason, start_map, start_filter, lowpass, shared, window)
 
 
 @dataclass(frozen=True)
@@ -315,6 +331,7 @@ def dry_run(
     use_poses: bool = False,
     reference: PathLike | NDArray[np.float32] | None = None,
     initial_lowpass: float | None = None,
+    fsc_mask: PathLike | NDArray[np.float32] | None = None,
     recenter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -339,12 +356,13 @@ def dry_run(
         use_poses=use_poses,
         reference=reference,
         initial_lowpass=initial_lowpass,
+        fsc_mask=fsc_mask,
         recenter=recenter,
         progress=progress,
         sample=max(LOOKED_INTO, 2 * n_classes),
     )
     if folder is not None:
-        folder.check(inputs=job.data.files(reference))
+        folder.check(inputs=job.data.files(reference, fsc_mask))
     found = forecast(
         job.data.source,
         chosen,
@@ -359,15 +377,14 @@ def dry_run(
 
 
 def _halve(
-    source: ParticleSource,
-    options: Options,
+    job: _Job,
     together: Result,
-    lowpass: float,
     folder: RunFolder | None,
     on_iteration: Callable[[IterationRecord], None] | None,
     progress: Progress | None,
 ) -> HalvesResult:
     """The halves of each class, with checkpoints in the run's folder."""
+    source, options = job.data.source, job.options
 
     def after_iteration(k: int, half: int, done: Checkpoint) -> None:
         if folder is not None:
@@ -380,14 +397,22 @@ def _halve(
         source,
         options,
         together,
-        initial_lowpass=lowpass,
+        initial_lowpass=job.halves_lowpass,
+        mask=job.fsc_mask,
         checkpoint=None if folder is None else folder.half_checkpoint,
         on_iteration=after_iteration,
         progress=progress,
     )
 
 
-def _write_final(folder: RunFolder, result: Result, source: ParticleSource, remarks: list[str], recenter: bool) -> None:
+def _write_final(
+    folder: RunFolder,
+    result: Result,
+    source: ParticleSource,
+    remarks: list[str],
+    recenter: bool,
+    mask_name: str | None,
+) -> None:
     if not isinstance(result, HalvesResult):
         folder.write_final(result, source, remarks, recenter=recenter)
         return
@@ -395,7 +420,7 @@ def _write_final(folder: RunFolder, result: Result, source: ParticleSource, rema
     for k, found in enumerate(result.halves, start=1):
         if found is not None:
             root = f"postprocess_class{k:03d}" if several else "postprocess"
-            write_halves(found, folder.path, class_number=k, root=root)
+            write_halves(found, folder.path, class_number=k, root=root, mask_name=mask_name)
     facts = [None if found is None else half_summary(found) for found in result.halves]
     folder.write_final(
         result,
@@ -493,11 +518,10 @@ class _Input:
         }
         return cls(source, os.path.abspath(particles), reading, source.listed)
 
-    def files(self, reference: PathLike | NDArray[np.float32] | None) -> list[Path]:
-        """All that is read."""
+    def files(self, *maps: PathLike | NDArray[np.float32] | None) -> list[Path]:
+        """All that is read: the particles', and those of `maps` that are files."""
         named = [Path(self.path)] if self.reading else []
-        if isinstance(reference, (str, os.PathLike)):
-            named.append(Path(reference))
+        named += [Path(name) for name in map(_named, maps) if name is not None]
         return named + (self.source.files() if isinstance(self.source, FileParticles) else [])
 
     def description(self) -> dict[str, Any]:
@@ -520,12 +544,14 @@ class _Input:
         use_poses: bool,
         reference: PathLike | NDArray[np.float32] | None,
         initial_lowpass: float | None,
+        fsc_mask: PathLike | NDArray[np.float32] | None,
         recenter: bool,
     ) -> str:
         """Every option by the name it has on the command line, for run.toml; what is in memory has none there."""
         start: dict[str, Any] = {"use_poses": use_poses, "initial_lowpass": initial_lowpass, "recenter": recenter}
-        if isinstance(reference, (str, os.PathLike)):
-            start["reference"] = os.path.abspath(reference)
+        for option, given in (("reference", reference), ("fsc_mask", fsc_mask)):
+            if (name := _named(given)) is not None:
+                start[option] = name
         method = asdict(options)
         n_classes = method.pop("n_classes")
         classes, command = ({"classes": n_classes}, "classify") if n_classes > 1 else ({}, "average")
@@ -548,6 +574,11 @@ class _Input:
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _named(given: PathLike | NDArray[np.float32] | None) -> str | None:
+    """The path of what is a file."""
+    return os.path.abspath(given) if isinstance(given, (str, os.PathLike)) else None
 
 
 def _read_reference(reference: PathLike | NDArray[np.float32], source: ParticleSource) -> NDArray[np.float32]:

@@ -119,21 +119,33 @@ class Plan:
         return np.random.default_rng([self.options.seed, iteration, *([self.trial] if self.trial else [])])
 
     def r_max(self, iteration: int) -> int:
-        """Largest radius of the active support: grows over the first 60 % of the iterations, or is full at once."""
+        """Largest radius of the active support: grows over the first 60 % of the iterations, or is full at once.
+
+        By evidence, the largest it can be: of several starts that are tried none goes beyond where all begin, so that
+        their likelihoods are of the same data.
+        """
         if self.options.choices.band == "full":
             return self.r_final
+        if self.by_evidence:
+            growing = max(0, iteration - max(1, self.tried))
+            return min(self.r_final, self.r_start + resolution.FARTHEST * growing)
         grown = self.r_start + (self.r_final - self.r_start) * (iteration - 1) / max(1, self._last_growing - 1)
         return int(min(self.r_final, np.floor(grown + 1e-9)))
 
     @property
     def _last_growing(self) -> int:
-        """Iteration from which on the band is whole."""
+        """Iteration from which on a band that goes by the schedule is whole, and nothing is held back any more."""
         return max(1, round(0.6 * self.options.iterations))
 
     @property
     def explored(self) -> int:
         """Iterations of a random start in which it finds its structure, whatever it has seen of it."""
         return int(EXPLORED * self.options.iterations)
+
+    @property
+    def tried(self) -> int:
+        """Iterations of each of several starts, before the likeliest goes on."""
+        return max(1, self.explored) if self.options.starts > 1 else 0
 
     @property
     def update(self) -> Literal["ratio", "wiener", "printed"]:
@@ -150,8 +162,9 @@ class Plan:
         """How many times its variance the noise in the averages of an iteration counts (`maximization.wiener_factor`).
 
         An average that is sure of what it has seen keeps particles where they lie, and its missing wedge for good. So a
-        random start begins as if the noise of the whole box lay within the mask, and is less and less wary while the
-        band grows: what comes at once sends all particles to what is unseen, and back.
+        random start begins as if the noise of the whole box lay within the mask, and is less and less wary over the
+        first 60 % of the iterations: what comes at once sends all particles to what is unseen, and back. So too where
+        the band goes by evidence: detail that comes early is then held down the more.
         """
         if not self.searches:
             return 1.0
@@ -174,13 +187,10 @@ class Plan:
     def band(self, state: State) -> Band:
         """What the next iteration needs of its band; its averages reach to the band of the one after."""
         iteration = state.iteration + 1
-        r_max = self.r_max(iteration)
-        if state.r_max is not None:
-            r_max = min(r_max, state.r_max)
-        r_output = self.r_max(min(iteration + 1, self.options.iterations))
         if self.by_evidence:
-            r_output = min(r_max + resolution.LOOK_AHEAD, fourier.full_band(self.box))
-        return Band(self, state, r_max, r_output)
+            r_max = self.r_start if state.r_max is None else state.r_max
+            return Band(self, state, r_max, min(r_max + resolution.LOOK_AHEAD, fourier.full_band(self.box)))
+        return Band(self, state, self.r_max(iteration), self.r_max(min(iteration + 1, self.options.iterations)))
 
     @property
     def by_evidence(self) -> bool:
@@ -191,7 +201,7 @@ class Plan:
         """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'."""
         if not self.by_evidence:
             return r_max == self.r_final
-        return state.r_max == r_max
+        return state.r_max == r_max and state.iteration >= self.tried  # until then it is held
 
     def over_batches(
         self,
@@ -348,8 +358,8 @@ class Plan:
     def regularise(self, maps: Float32, mass: NDArray[np.float64], iteration: int) -> Float32:
         """Averages pulled towards their common mean (Scheres 2009), as if each had some more particles that show it.
 
-        How many falls to 0 while the band grows. A class with few particles is pulled most: its own noise would
-        otherwise count against it for every particle, and it could win none back.
+        How many falls to 0 over the first 60 % of the iterations. A class with few particles is pulled most: its own
+        noise would otherwise count against it for every particle, and it could win none back.
         """
         last = 0.6 * self.options.iterations
         weight = self.regularization * max(0.0, 1 - iteration / last)
@@ -459,9 +469,8 @@ class Band:
         agreement = resolution.half_agreement(np.stack([sums[::2].sum(axis=0), sums[1::2].sum(axis=0)]), shell)
         voxels = np.bincount(shell).astype(np.float64)
         numbers = 2 * masks.independent_share(self.plan.mask) * voxels * sums.shape[1] / symmetry.order(self.symmetry)
-        shown = self.r_max if self.state.r_max is None else self.state.r_max
-        least, most = self.plan.r_start, self.plan.r_final
-        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, shown, least, most)
+        least, most = self.plan.r_start, self.plan.r_max(self.state.iteration + 2)
+        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, least, most)
 
     @property
     def symmetry(self) -> str:

@@ -18,7 +18,7 @@ LOOK_AHEAD = 4  # shells beyond the band whose agreement is known
 LEAK = 1  # shells beyond the band into which the mask spreads what the alignment fitted
 FARTHEST = 3  # shells the band grows by at most, in an iteration
 AGREED = 0.143  # Rosenthal & Henderson 2003, J. Mol. Biol. 333, 721
-SURE = 2.0  # standard errors the agreement must be above 0
+SURE = 3.0  # standard errors the agreement must be above 0: it is asked in every iteration, and once passed for good
 IN_BAND = 0.5  # asked for where no shell is left beyond the band: what takes part in the alignment agrees too well
 
 
@@ -43,19 +43,18 @@ def half_agreement(sums: NDArray[np.complex128], shell: NDArray[np.int64]) -> Fl
     return np.asarray(cross / np.sqrt(np.maximum(power, np.finfo(np.float64).tiny)))
 
 
-def next_r_max(agreement: Float64, numbers: Float64, r_max: int, shown: int, least: int, most: int) -> int:
+def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, most: int) -> int:
     """Shells up to which a band is backed by what an iteration with a band of `r_max` shows.
 
     It grows to the last of the shells beyond `LEAK` up to which all agree, `FARTHEST` at most; it shrinks by one where
-    not even its own last two shells do; else it stays. What an earlier, smaller band has `shown` counts on: a shell
-    that once took part, or is next to one that did, cannot be asked again.
+    not even its own last two shells do; else it stays: a shell that once took part, or is next to one that did, cannot
+    be asked again. No schedule is asked: as fast as the data show detail, as slowly, or back.
 
     Parameters
     ----------
     agreement : (S,), see `half_agreement`
     numbers : (S,) independent numbers in each shell
     r_max : of this iteration
-    shown : by the iterations before, r_max or more
     least, most : where the band begins and may end
     """
     beyond = np.arange(r_max + 1 + LEAK, len(agreement))
@@ -69,9 +68,9 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, shown: int, lea
             if agreement[j] < max(AGREED, SURE / np.sqrt(numbers[j])):
                 break
             grown = min(int(j), r_max + FARTHEST)
-    if grown == r_max == shown and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
-        return max(least, r_max - 1)
-    return int(np.clip(max(grown, shown), least, max(least, most)))
+    if grown == r_max and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
+        grown -= 1
+    return int(np.clip(grown, least, max(least, most)))
 
 
 def _mean(agreement: Float64, numbers: Float64, shells: list[int]) -> float:

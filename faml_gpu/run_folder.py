@@ -57,8 +57,10 @@ _LEFTOVER = re.compile(
     r"\.(run|postprocess|report)\w*\.\d+-[0-9a-f]+\.tmp\.\w+"
 )  # of `atomic_path` in a process that was killed
 
-# Options that a resumed run may change: `iterations` only upwards, the others with a note.
+# Options that a resumed run may change: `iterations` only upwards, those of `_FREE` with a note. On those of
+# `_AFTERWARDS` nothing depends that is kept: what they make is made last, and anew.
 _FREE = ("device", "threads")
+_AFTERWARDS = ("b_factor",)
 
 
 class OutputError(RuntimeError):
@@ -488,6 +490,8 @@ def _check_options(before: Mapping[str, Any], new: Mapping[str, Any], *, tell: b
         if name == "iterations":
             if found is not None and value < found:
                 raise InputError(f"option iterations: found {value}, expected at least the {found} of the run resumed")
+        elif name in _AFTERWARDS:
+            continue
         elif name in _FREE:
             if found != value and tell:
                 warnings.warn(

@@ -35,6 +35,8 @@ def test_it_tells_the_plan_and_writes_nothing(small_star: Path, tmp_path: Path) 
     assert lines["input"] == "6 boxes of 16 voxels of 24 Å (all read)"
     assert lines["plan"].startswith("2 classes, at most 20 iterations, detail from 77 to 54.9 Å, mask of 120 Å")
     assert " at all detail: " in lines["time"]
+    by_evidence = run("average", str(small_star), "-o", str(out), "--dry-run", *FLAGS, "--band", "evidence")
+    assert "detail from 77 to at most 54.9 Å" in by_evidence
     assert set(lines) == {"input", "plan", "time", "memory", "disk"}
     assert told.endswith("nothing was written\n")
     assert not out.exists()
@@ -140,6 +142,10 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
     bands = [5, 6, 7, 7, 7]
     assert [plan.r_max(i) for i in range(1, 6)] == bands
     assert found.total == pytest.approx(sum(found.first * (r / 5) ** power for r in bands) + 0.01 * n)
+    # By evidence nobody knows; at the most three shells an iteration.
+    evidence = Options(n_classes=2, iterations=5, mask_radius=120.0, band="evidence")
+    found_by = dry_run.forecast(particles, evidence, n, device="cpu")
+    assert found_by.total == pytest.approx(sum(found.first * (r / 5) ** power for r in (5, 7, 7, 7, 7)) + 0.01 * n)
     alone = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, folds=1), n, device="cpu")
     assert alone.full == pytest.approx(0.3 + 0.05 * n)
     assert alone.host < found.host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,12 @@ from faml_gpu import halves
 from faml_gpu.cli import app
 from faml_gpu.data import IterationRecord, ParticleSource, Result, best_poses
 from faml_gpu.errors import InputError
+from faml_gpu.fsc import fsc
 from faml_gpu.halves import HalvesResult
-from faml_gpu.io.mrc import read_mrc
+from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import write_particles_star
+from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
 from faml_gpu.posteriors import one_hot
@@ -48,9 +51,9 @@ FLAGS = shlex.split(
 START = 384 / 5  # Angstrom, five shells: what the mask radius makes the common start
 
 
-def run(*arguments: str | Path) -> str:
+def run(*arguments: str | Path, status: int = 0) -> str:
     result = CliRunner().invoke(app, [*map(str, arguments)], env={"TERM": "dumb", "COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == status, result.output
     return str(result.output)
 
 
@@ -100,6 +103,84 @@ def test_what_a_run_with_halves_leaves(n_classes: int, small_star: Path, tmp_pat
         assert about["particles"] == [(subset == 1).sum(), (subset == 2).sum()]
         assert sum(about["particles"]) == sizes[k - 1]
         assert about["start_resolution"] == pytest.approx(START)
+
+
+def test_the_mask_and_the_sharpening_of_the_final_map(small_star: Path, tmp_path: Path) -> None:
+    """As asked for, and by --resume otherwise: the halves stay, what is made of them is made anew."""
+    out, box = tmp_path / "out", soft_sphere(BOX, 3.0, 2.0)
+    write_mrc(tmp_path / "mask.mrc", box, VOXEL)
+    once = [*FLAGS, "--iterations", "1"]
+
+    def outcome() -> tuple[np.ndarray, np.ndarray, Any]:
+        star = cif.read_file(str(out / "postprocess.star"))
+        curve = star.find_block("fsc").find_values("_rlnFourierShellCorrelationMaskedMaps")
+        spectrum = np.fft.rfftn(read_mrc(out / "postprocess.mrc")[0])
+        return spectrum, np.array([float(v) for v in curve]), star.find_block("general")
+
+    # All around is seen: the curve is that of the half maps in the mask.
+    run("average", small_star, "-o", out, *once, "--tilt-range", "-90", "90", "--fsc-mask", tmp_path / "mask.mrc")
+    plain, curve, general = outcome()
+    one, two = (read_mrc(out / f"run_half{half}_class001_unfil.mrc")[0] for half in (1, 2))
+    np.testing.assert_allclose(curve[1:7], fsc(one, two, box)[1:7], atol=1e-5)  # shells that are whole
+    assert cif.as_string(general.find_value("_rlnMaskName")) == str(tmp_path / "mask.mrc")
+    assert general.find_value("_rlnBfactorUsedForSharpening") is None
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("run_it*")}
+
+    again = [*once, "--tilt-range", "-90", "90", "--resume", "--b-factor", "-20000"]
+    printed = run("average", small_star, "-o", out, *again, "--fsc-mask", tmp_path / "mask.mrc")
+    assert "1/1" not in printed  # no iteration
+    sharp, same, general = outcome()
+    np.testing.assert_allclose(same, curve, atol=1e-9)
+    k = np.fft.fftfreq(BOX, 1 / BOX)
+    s2 = (k[:, None, None] ** 2 + k[:, None] ** 2 + np.arange(BOX // 2 + 1) ** 2) / (BOX * VOXEL) ** 2
+    np.testing.assert_allclose(sharp, plain * np.exp(20000 * s2 / 4), atol=1e-5 * np.abs(sharp).max())
+    assert np.abs(sharp - plain).max() > 0.05 * np.abs(plain).max()
+    assert float(general.find_value("_rlnBfactorUsedForSharpening")) == -20000
+
+    run("average", small_star, "-o", out, *again)  # by the sphere of the alignment again
+    _, other, general = outcome()
+    np.testing.assert_allclose(other[1:7], fsc(one, two, soft_sphere(BOX, 5.0, 3.0))[1:7], atol=1e-5)
+    assert general.find_value("_rlnMaskName") is None
+    for half, before in ((1, one), (2, two)):
+        np.testing.assert_array_equal(read_mrc(out / f"run_half{half}_class001_unfil.mrc")[0], before)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("run_it*")} == kept
+    told = tomllib.loads((out / "run.toml").read_text())
+    assert told["b_factor"] == -20000
+    assert "fsc_mask" not in told
+
+    # A mask that the run would replace is one of its own files.
+    write_mrc(out / "run_it009_class001.mrc", box, VOXEL)
+    refused = run("average", small_star, "-o", out, *again, "--fsc-mask", out / "run_it009_class001.mrc", status=2)
+    assert "would replace its input run_it009_class001.mrc" in refused
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_masks_and_b_factors_that_do_not_fit_are_refused_at_once(
+    dry: list[str], small_star: Path, tmp_path: Path
+) -> None:
+    out, mask = tmp_path / "out", tmp_path / "mask.mrc"
+    plain = [flag for flag in FLAGS if flag != "--halves"]
+    for values, voxel, flags, message in [
+        (np.ones((BOX,) * 3), VOXEL, [*plain, "--fsc-mask", mask], "option fsc_mask: found no halves to compare"),
+        (None, VOXEL, [*plain, "--b-factor", "-300"], "option b_factor: found -300.0, expected none without halves"),
+        (None, VOXEL, [*FLAGS, "--b-factor", "-1e9"], "option b-factor: found -1e+09 A^2, expected -368640 to 368640"),
+        (None, VOXEL, [*FLAGS, "--fsc-mask", mask], "mask.mrc: cannot be read"),
+        (np.ones((8,) * 3), VOXEL, [*FLAGS, "--fsc-mask", mask], "found a box of 8 voxels, expected 16 as in the part"),
+        (
+            np.ones((BOX,) * 3),
+            20.0,
+            [*FLAGS, "--fsc-mask", mask],
+            "found a voxel size of 20 A, expected 24 A as in the",
+        ),
+        (np.full((BOX,) * 3, 2), VOXEL, [*FLAGS, "--fsc-mask", mask], "found values 2 to 2, expected a mask of 0 to 1"),
+    ]:
+        mask.unlink(missing_ok=True)
+        if values is not None:
+            write_mrc(mask, values, voxel)
+        assert message in run("average", small_star, "-o", out, *flags, *dry, status=2)
+    assert not out.exists()
+    with pytest.raises(InputError, match="mask: found a box of 8 voxels"):
+        faml_gpu.average(small_star, **OPTIONS, fsc_mask=np.ones((8,) * 3))
 
 
 def test_python_gives_what_the_command_writes(small_star: Path, tmp_path: Path) -> None:

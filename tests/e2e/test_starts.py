@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
-from faml_gpu.data import Poses
+from faml_gpu import faml
+from faml_gpu.data import Checkpoint, Poses
 from faml_gpu.errors import InputError
 from faml_gpu.faml import iterate, run
 from faml_gpu.geometry import rotation_angle
@@ -141,6 +143,28 @@ def test_of_several_random_starts_the_likeliest_goes_on(ribosomes: Simulation) -
     assert len(set(trials)) == 3
     assert result.history[0].log_likelihood == max(trials)
     assert all(row.starts is None for row in result.history[1:])
+
+
+def test_starts_are_compared_by_the_same_data(ribosomes: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By evidence each would take in the Fourier voxels it has come to, and the likelihood is a sum over them."""
+    particles, bands = as_particles(ribosomes), []
+    options = Options(**(OPTIONS | {"iterations": 12}), starts=2, band="evidence", device="cpu")  # type: ignore[arg-type]
+    original = faml.iterate
+
+    def recorded(plan: Plan, particles: ArrayParticles, checkpoint: Checkpoint, *rest: Any) -> Checkpoint:
+        done = original(plan, particles, checkpoint, *rest)
+        bands.append((plan.trial, done.history[-1].r_max))
+        return done
+
+    monkeypatch.setattr(faml, "iterate", recorded)
+    plan = Plan.make(particles, options, None, "cpu")
+    best = faml.likeliest_start(plan, particles)
+    assert bands == [(trial, plan.r_start) for trial in (0, 1) for _ in range(3)]
+    # They were held: one alone goes further at once, and so does the run after them.
+    alone = Plan.make(particles, dataclasses.replace(options, starts=1), None, "cpu")
+    assert original(alone, particles, faml.begin(alone, particles, None, False)).state.r_max > plan.r_start
+    assert best.state.r_max is not None
+    assert best.state.r_max > plan.r_start
 
 
 def test_several_starts_from_a_map_are_refused(ribosomes: Simulation) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
 
+from faml_gpu.cli import app
 from faml_gpu.data import Result
+from faml_gpu.demo import write_simulation
 from faml_gpu.errors import InputError
 from faml_gpu.faml import run
 from faml_gpu.geometry import rotation_angle
+from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import ArrayParticles
-from faml_gpu.metrics import align_map, rotate_map
+from faml_gpu.metrics import align_map, correlation, rotate_map
 from faml_gpu.options import Options
-from faml_gpu.simulate import Simulation, groel, simulate_particles
+from faml_gpu.simulate import Phantom, Simulation, groel, simulate_particles
 from faml_gpu.symmetry import point_group
 
 BOX, VOXEL, RADIUS = 24, 16.0, 100.0
@@ -72,3 +79,37 @@ def test_unknown_groups_and_helices_that_cannot_be_are_refused_at_once(simulatio
     ):
         with pytest.raises(InputError, match=found):
             averaged(simulation, **options)
+
+
+@pytest.fixture(scope="module")
+def filaments() -> Simulation:
+    """Eight noisy boxes of a filament, a subunit each 30 Angstrom and 40 degrees, which goes on beyond the box."""
+    steps = np.arange(-6, 7)
+    angles = np.deg2rad(40.0 * steps)
+    centres = np.stack([45 * np.cos(angles), 45 * np.sin(angles), 30.0 * steps], axis=1)
+    phantom = Phantom("filament", centres, np.full(13, 14.0), np.full(13, 3e4), "C1", 95.0)
+    return simulate_particles([phantom], [8], box=20, voxel_size=10.0, snr=0.05, max_shift=0.5, seed=3)
+
+
+def test_a_helix_from_the_command_line(filaments: Simulation, tmp_path: Path) -> None:
+    """Averages are the same one subunit further, during the run and at its end, and nearer to the truth for it."""
+    star, truth = write_simulation(tmp_path, filaments), filaments.truth[0]
+    line = np.arange(20) - 10
+    z, y, x = np.meshgrid(line, line, line, indexing="ij")
+    middle = ((np.hypot(y, x) < 7) & (abs(z) <= 4)).astype(float)  # a subunit further there is still box
+    further, moved = Rotation.from_euler("z", 40, degrees=True).as_matrix(), np.array([0.0, 0.0, 3.0])
+
+    def averaged_with(*options: str) -> list[tuple[float, float]]:
+        out = tmp_path / "-".join(["out", *options])
+        arguments = ["average", star, "-o", out, "--reference", tmp_path / "truth_filament.mrc", *options]
+        flags = "--initial-lowpass 60 --tilt-range -60 60 --iterations 2 --candidates 10 --mask-radius 70 --device cpu"
+        done = CliRunner().invoke(app, [*map(str, arguments), *flags.split()])
+        assert done.exit_code == 0, done.output
+        volumes = [read_mrc(out / name)[0] for name in ("run_it001_class001.mrc", "run_class001.mrc")]
+        return [(correlation(v, rotate_map(v, further, moved), middle), correlation(v, truth, middle)) for v in volumes]
+
+    alone, helical = averaged_with(), averaged_with("--helix", "30", "40")
+    for (same, _), (same_alone, _) in zip(helical, alone, strict=True):
+        assert same > 0.99  # but for interpolation
+        assert same > same_alone + 0.03
+    assert helical[1][1] > alone[1][1] + 0.05

@@ -66,7 +66,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
         "reference": "map.mrc", "initial_lowpass": 60.0, "sampler": "joint", "update": "ratio",
         "mask_radius": 100.0, "resolution": 30.0, "band": "full", "max_shift": 20.0, "helix": (1.4, 22.0),
         "bandwidth": 12, "regularization": 0.5, "folds": 3, "noise_groups": "none", "reseed": False, "threads": 1,
-        "log_json": tmp_path / "log.jsonl",
+        "log_json": tmp_path / "log.jsonl", "halves": True, "fsc_mask": "mask.mrc", "b_factor": -300.0,
     }  # fmt: skip
     usual = {f.name: f.default for f in fields(Shared) if f.name != "config"}
     values = {name: other.get(name, value) for name, value in usual.items()}
@@ -80,7 +80,9 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path) -> None:
     assert "found classes, which is no option" in config_error("average", "classes = 2", tmp_path)
     assert "found config, which is no option" in config_error("average", "config = 'a'", tmp_path)
     unknown = config_error("average", "o = 'a'", tmp_path)
-    assert "found o, which is no option; expected one of band, bandwidth, boxes, candidates, device" in unknown
+    assert (
+        "found o, which is no option; expected one of b_factor, band, bandwidth, boxes, candidates, device" in unknown
+    )
     for text, told in (
         ("iterations = 'ten'", 'b.toml: iterations is "ten", expected a whole number'),
         ("iterations = true", "iterations is true, expected a whole number"),

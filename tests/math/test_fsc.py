@@ -5,7 +5,9 @@ import pytest
 
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import (
+    check_b_factor,
     crossings,
+    final_map,
     fsc,
     fsc_observed,
     fsc_weight,
@@ -13,8 +15,6 @@ from faml_gpu.fsc import (
     lowpass,
     randomise_phases,
     resolution_at,
-    sharpen,
-    shell_filter,
     shell_index,
 )
 from faml_gpu.masks import soft_sphere
@@ -288,13 +288,45 @@ def waves(box: int, frequency: int) -> np.ndarray:
     return np.broadcast_to(np.cos(2 * np.pi * frequency * np.arange(box) / box), (box,) * 3)
 
 
+def radius(box: int) -> np.ndarray:
+    """|ξ| of each voxel of the half volume, Fourier voxels."""
+    k = np.fft.fftfreq(box, 1 / box)
+    return np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + np.arange(box // 2 + 1) ** 2)
+
+
+def shell_filter(volume: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Times a gain that is linear between the shells."""
+    gain = np.interp(radius(len(volume)), np.arange(len(gains)), gains)
+    return np.fft.irfftn(np.fft.rfftn(volume) * gain, s=volume.shape, axes=(0, 1, 2))
+
+
 @pytest.mark.parametrize("box", [16, 17])
-def test_shell_filter_and_sharpening_of_plane_waves(box: int) -> None:
-    gains = np.array([1.0, 2.0, 0.5, 0.25])
-    for frequency, gain in [(0, 1.0), (1, 2.0), (2, 0.5), (3, 0.25), (5, 0.25)]:
-        np.testing.assert_allclose(shell_filter(waves(box, frequency), gains), gain * waves(box, frequency), atol=1e-5)
-    # Four periods in the box of N voxels of 2 Å.
-    s = 4 / (2.0 * box)
-    for b in (-50.0, 80.0):
-        expected = np.exp(-b * s**2 / 4) * waves(box, 4)
-        np.testing.assert_allclose(sharpen(waves(box, 4), b, 2.0), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("b_factor", [None, 0.0, -300.0, 200.0])
+def test_the_final_map_is_weighted_sharpened_and_cut_off(box: int, b_factor: float | None) -> None:
+    """Every Fourier voxel against the definition, written out; voxels of 2 Å, resolution at shell 5."""
+    volume, voxel = np.random.default_rng(box).standard_normal((box,) * 3), 2.0
+    curve = np.array([1.0, 1.0, 0.9, 0.6, 0.4, 0.143, 0.05, -0.2, 0.1])
+    extent, xi = box * voxel, radius(box)
+    correlation = np.interp(xi, np.arange(9), np.sqrt(2 * np.maximum(curve, 0) / (1 + np.maximum(curve, 0))))
+    edge = np.where(xi < 4, 1.0, np.where(xi > 6, 0.0, 0.5 + 0.5 * np.cos(np.pi * (xi - 4) / 2)))
+    gain = correlation * np.exp(-(b_factor or 0.0) / (4 * (extent / np.maximum(xi, 1e-9)) ** 2)) * edge
+    found = np.fft.rfftn(final_map(volume, curve, extent / 5, voxel, b_factor))
+    np.testing.assert_allclose(found, gain * np.fft.rfftn(volume), atol=1e-5 * np.abs(found).max())
+    assert not final_map(volume, curve, np.inf, voxel, b_factor).any()
+
+
+def test_sharpening_leaves_the_precision_to_what_is_kept() -> None:
+    """Noise beyond the resolution times e^47 in the corners would leave no digit of what is within."""
+    box, voxel = 16, 2.0
+    wave, noise = waves(box, 3), np.random.default_rng(0).standard_normal((box,) * 3)
+    beyond = np.fft.irfftn(np.where(radius(box) > 6.1, np.fft.rfftn(noise), 0), s=(box,) * 3, axes=(0, 1, 2))
+    found = final_map(wave + beyond, np.ones(9), box * voxel / 5, voxel, -1000.0)
+    np.testing.assert_allclose(found, np.exp(1000 * (3 / (box * voxel)) ** 2 / 4) * wave, rtol=1e-4, atol=1e-2)
+
+
+def test_b_factors_out_of_reach_are_refused() -> None:
+    for b_factor in (-2560.0, 0.0, 2560.0):
+        check_b_factor(b_factor, 2.0)
+    for b_factor in (-2561.0, 1e9, np.inf, np.nan):
+        with pytest.raises(InputError, match=r"b-factor: found .* A\^2, expected -2560 to 2560 A\^2 with"):
+            check_b_factor(b_factor, 2.0)

@@ -321,6 +321,8 @@ def test_a_mask_of_another_box_and_a_low_pass_of_nothing_are_refused() -> None:
         run_halves(noise(0, 4), OPTIONS, mask=np.ones((8, 8, 8), np.float32))
     with pytest.raises(InputError, match="initial-lowpass: found -1"):
         run_halves(noise(0, 4), OPTIONS, initial_lowpass=-1.0)
+    with pytest.raises(InputError, match="b-factor: found 1e"):
+        run_halves(noise(0, 4), OPTIONS, b_factor=1e9)
 
 
 def test_one_particle_cannot_be_halved() -> None:
@@ -350,9 +352,13 @@ def test_files_have_relions_names(signal: HalfMaps, tmp_path: Path) -> None:
     general = star.find_block("general")
     assert float(general.find_value("_rlnFinalResolution")) == pytest.approx(signal.resolution)
     assert cif.as_string(general.find_value("_rlnUnfilteredMapHalf1")) == "run_half1_class001_unfil.mrc"
+    assert float(general.find_value("_rlnBfactorUsedForSharpening")) == -500.0
+    assert general.find_value("_rlnMaskName") is None
     curve = [float(v) for v in star.find_block("fsc").find_values("_rlnFourierShellCorrelationCorrected")]
     np.testing.assert_allclose(curve, signal.curves.corrected, atol=1e-9)
-    second = write_halves(signal, tmp_path, class_number=2, root="postprocess_class002")
+    second = write_halves(signal, tmp_path, class_number=2, root="postprocess_class002", mask_name="my mask.mrc")
+    general = cif.read_file(str(tmp_path / "postprocess_class002.star")).find_block("general")
+    assert cif.as_string(general.find_value("_rlnMaskName")) == "my mask.mrc"
     assert not {path.name for path in second} & {path.name for path in written}
     with pytest.raises(OutputError, match="cannot write"):
         write_halves(signal, tmp_path / "nowhere")

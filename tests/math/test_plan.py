@@ -35,6 +35,26 @@ def test_band_grows_over_six_tenths_of_the_iterations(particles):
     assert {Plan.make(particles, Options(preset="paper")).r_max(i) for i in (1, 5, 20)} == {9}
 
 
+def test_a_band_by_evidence_is_what_the_data_said(particles):
+    """At any iteration; where nothing was asked yet, the start's. Of several starts none goes ahead of the others."""
+    options = Options(iterations=20, mask_radius=60, band="evidence")
+    plan = Plan.make(particles, options)
+    state = State(0, np.zeros((1, N, N, N), np.float32), np.ones(1), np.ones(N // 2), 1.0)
+    assert (plan.r_start, plan.r_final) == (5, 9)
+    assert plan.band(state).r_max == 5
+    for iteration, r_max in ((1, 9), (2, 7), (19, 5), (19, 9)):
+        band = plan.band(replace(state, iteration=iteration, r_max=r_max))
+        assert (band.r_max, band.r_output) == (r_max, min(r_max + 4, 9))
+        assert plan.settled(replace(state, iteration=iteration, r_max=r_max), r_max)
+        assert not plan.settled(replace(state, iteration=iteration, r_max=r_max), r_max - 1)
+    assert [plan.r_max(i) for i in range(1, 5)] == [5, 8, 9, 9]  # the most there can be
+    several = Plan.make(particles, replace(options, starts=3))
+    assert several.tried == 5
+    assert [several.r_max(i) for i in range(1, 9)] == [5, 5, 5, 5, 5, 8, 9, 9]
+    assert not several.settled(replace(state, iteration=4, r_max=5), 5)
+    assert several.settled(replace(state, iteration=5, r_max=5), 5)
+
+
 def test_a_low_passed_start_begins_at_its_resolution(particles):
     assert Plan.make(particles, Options(mask_radius=60), 28.0).r_max(1) == 7
     assert Plan.make(particles, Options(mask_radius=60, resolution=40), 20.0).r_max(1) == 5  # not past the limit
