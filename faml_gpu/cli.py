@@ -361,6 +361,15 @@ class Shared:
             rich_help_panel=RUN_PANEL,
         ),
     ] = None
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="At the end tell the seconds of each step, and what of them the machine's own copy and matrix product "
+            "would have taken.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False
     config: Annotated[
         Path | None,
         typer.Option(
@@ -879,7 +888,7 @@ def main() -> None:
 def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     output: Path = options["output"]
     options.pop("config")  # its values are among the others
-    log = options.pop("log_json")
+    log, profile = options.pop("log_json"), options.pop("profile")
     if options.pop("dry_run"):
         _dry_run(particles, n_classes, options)
         return
@@ -892,7 +901,7 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
 
         device, reason = choose_device(options["device"])
         typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
-        with Display(options["iterations"], log) as display:
+        with Display(options["iterations"], log) as display, _profiled(profile, device, options["threads"]):
             result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
         if result.converged_at is not None:
             typer.echo(f"converged at iteration {result.converged_at}")
@@ -905,6 +914,29 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
             f"wrote {output / names[0]}{' ... ' + names[-1] if len(names) > 1 else ''} and {output / 'run_data.star'}; "
             f"to read: {output / 'report.html'}"
         )
+
+
+@contextmanager
+def _profiled(wanted: bool, device: str, threads: int | None) -> Iterator[None]:
+    """What is done inside, step by step, on the screen at the end, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    import numpy as np
+
+    from faml_gpu.array_backend import cpu_threads, synchronize, to_device, use_device
+    from faml_gpu.array_backend import namespace as module_of
+    from faml_gpu.profile import Machine, profiling
+
+    def wait() -> None:
+        synchronize(device)
+
+    with profiling(wait) as profile:
+        yield
+    with cpu_threads(threads), use_device(device):
+        machine = Machine.measured(module_of(to_device(np.zeros(1), device)), wait)
+    for line in profile.table(machine):
+        typer.echo(line)
 
 
 def _dry_run(particles: str, n_classes: int, options: dict[str, Any]) -> None:

@@ -193,6 +193,18 @@ def test_a_log_for_programs(small_star: Path, tmp_path: Path) -> None:
     assert (lines[3]["status"], lines[3]["message"]) == ("finished", "")
 
 
+def test_a_profile_at_the_end(small_star: Path, tmp_path: Path) -> None:
+    command = ["average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS]
+    assert "matrix product" not in run(*command)
+    said = run(*command, "--overwrite", "--profile")
+    assert "machine: copy" in said
+    rows = {line[:34].strip(): line[34:].split() for line in said.splitlines()}
+    for step in json.loads((tmp_path / "out" / "run.json").read_text())["iterations"][-1]["seconds"]:
+        assert rows[step][1].endswith("%")
+    assert len(rows["joint: cells"]) == 7  # with a bound
+    assert int(rows["pose integral"][2]) >= 2  # once a batch in two iterations
+
+
 def test_the_log_tells_how_a_run_ended(small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log.jsonl"
     command = ["average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--log-json", str(log)]
