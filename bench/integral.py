@@ -61,7 +61,9 @@ def magnitude(band: Band, observation: Observation, references: list[Reference],
     return found, volumes
 
 
-def grid(band: Band, observation: Observation, references: list[Reference], n: int, n_shifts: int, rounds: int) -> Any:
+def grid(
+    band: Band, observation: Observation, references: list[Reference], n: int, n_shifts: int, rounds: int | None
+) -> Any:
     """Candidates and volumes of the joint grid."""
     found: list[Candidates] = []
     volumes = []
@@ -133,8 +135,8 @@ def case(snr: float, wedge: float, n: int, seed: int) -> list[dict[str, Any]]:
     ways = {
         "a": lambda: magnitude(band, observation, references, True),
         "b": lambda: magnitude(band, observation, references, False),
-        "c": lambda: grid(band, observation, references, 200, 6, joint.ROUNDS),
-        "few": lambda: grid(band, observation, references, 10, 1, joint.ROUNDS),
+        "c": lambda: grid(band, observation, references, 200, 6, None),
+        "few": lambda: grid(band, observation, references, 10, 1, None),
         "half": lambda: finer(2, band, observation, references),
         "d": lambda: finer(1, band, observation, references),
     }

@@ -70,7 +70,10 @@ REACH = 4.0  # standard deviations of the prior beyond which no shift is looked 
 SELECTED = 96  # cells scored from the voxels
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
 SPLIT = 12  # at most so many of them are split in eight, in each round
-ROUNDS = 3
+FINEST = (
+    52.0  # degrees, over r_max: as wide as the finest cells may be; within 0.35 boxes two radians of phase at r_max
+)
+ROUNDS = 3  # at least, of splitting
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
 LOCAL_REACH = 4  # points of a finer lattice to either side of the best shift
 MASS = 0.99  # of the posterior, held by the candidates
@@ -568,7 +571,7 @@ def integrate(
     zeta: float,
     n_candidates: int,
     n_shifts: int = 1,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     symmetry: str = "C1",
 ) -> list[tuple[Candidates, Array]]:
     """The posterior over rotations and shifts as weighted poses, against each of K classes.
@@ -591,8 +594,8 @@ def integrate(
         At most so many per particle; as many as hold 99 % of the mass, if that is fewer.
     n_shifts : int
         At most so many of them with the same rotation.
-    rounds : int
-        How often cells are split.
+    rounds : int, optional
+        How often cells are split at most (default: until they are as narrow as the band can tell).
     symmetry : str
         Point group that the references have: poses are looked for in its asymmetric unit, each stands for its copies.
 
@@ -622,7 +625,7 @@ def integrate(
     found = []
     for scorer, (cells, log_share), close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
-            cells = _refined(scorer, cells, close, rounds)
+            cells = _refined(scorer, cells, close, _rounds(references[0].bandwidth, support.r_max, rounds))
         found.append(_candidates(observation, scorer, cells, log_share, n_candidates))
     return found
 
@@ -687,6 +690,12 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
 def _first_level(bandwidth: int) -> int:
     """Level whose cells are finer than half a wave of the highest degree, 180 / L."""
     return max(1, int(np.ceil(np.log2(bandwidth / 2))))
+
+
+def _rounds(bandwidth: int, r_max: int, asked: int | None) -> int:
+    """How often cells of the first level are split, so that the finest are no wider than `FINEST` / r_max."""
+    finest = int(np.ceil(np.log2(cell_width(0) * r_max / FINEST)))
+    return asked if asked is not None else max(ROUNDS, finest - _first_level(bandwidth))
 
 
 def _log_share(rotations: Array, group: Array, slack: float) -> Array:

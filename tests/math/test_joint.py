@@ -318,6 +318,15 @@ def test_noise_free_poses_are_found(oracles, gain, degrees):
     assert (candidates.shifts**2).sum(axis=-1).max() <= MAX_SHIFT**2 + 1e-6
 
 
+@pytest.mark.parametrize(("r_max", "width"), [(9, 0.94), (31, 0.94), (63, 0.47), (127, 0.24)])
+def test_the_finest_cells_are_as_narrow_as_the_band_can_tell(r_max, width):
+    """From 7.5 degrees on three rounds at least; turned by 52 / r_max, what lies 0.35 boxes out has lost its phase."""
+    found = joint.cell_width(joint._first_level(L) + joint._rounds(L, r_max, None))
+    assert found == pytest.approx(width, abs=0.01)
+    assert found <= 52 / r_max
+    assert joint._rounds(L, r_max, 2) == 2
+
+
 @pytest.mark.parametrize("gain", [12.0, 60.0, 400.0])
 def test_cells_are_screened_without_loss(oracles, gain, monkeypatch):
     """By the inner shells first: the same integral and best pose from fewer shifts and cells at the whole band."""
