@@ -200,7 +200,7 @@ def _from_atoms(
 
 
 def _gemmi(path: Path) -> Any:
-    """The library for files of atoms, which comes with an extra: all else works without it."""
+    """The library for files of atoms, imported when there is one."""
     try:
         import gemmi
     except ImportError as error:
