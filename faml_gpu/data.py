@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "State",
     "best_poses",
+    "frames_of",
 ]
 
 Float32 = NDArray[np.float32]
@@ -104,6 +105,16 @@ class ParticleSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Int64) -> Batch: ...
+
+
+def frames_of(source: ParticleSource) -> Float64:
+    """A_sub of each box, (n, 3, 3): `source.frames`, the identity where a source has none.
+
+    It takes vectors in the frame a box was cut in to that of its tomogram. Poses are in the box, weights too: it is
+    wanted only where something of the tomogram's counts, such as the direction of its beam.
+    """
+    frames: Float64 | None = getattr(source, "frames", None)
+    return np.tile(np.eye(3), (len(source), 1, 1)) if frames is None else frames
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import faml
 from faml_gpu.config import config_text
-from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result, frames_of
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.dry_run import Forecast, forecast
 from faml_gpu.errors import InputError
@@ -196,7 +196,7 @@ def classify(
         )
         if chosen.halves:
             result = _halve(source, chosen, result, job.halves_lowpass, folder, on_iteration, progress)
-        remarks = _doubts(result)
+        remarks = _doubts(result, source)
         if folder is not None:
             _write_final(folder, result, source, remarks, recenter)
             _write_pictures(folder.path)
@@ -420,10 +420,10 @@ def _write_pictures(folder: Path) -> None:
         )
 
 
-def _doubts(result: Result) -> list[str]:
+def _doubts(result: Result, source: ParticleSource) -> list[str]:
     """What the user should know of the result before using it."""
     remarks = preferred_orientations(
-        angular_coverage(result.posterior),
+        angular_coverage(result.posterior, frames_of(source)),
         result.history[-1].coverage,
         effective_particles(result.posterior.class_probability),
     )

@@ -26,7 +26,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Poses, Posterior, Result, State, best_poses
+from faml_gpu.data import (
+    Checkpoint,
+    IterationRecord,
+    ParticleSource,
+    Poses,
+    Posterior,
+    Result,
+    State,
+    best_poses,
+    frames_of,
+)
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
@@ -532,7 +542,7 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
             "rlnClassDistribution": state.alpha,
             "famlClassSize": record.class_sizes,
             "famlFourierCoverage": record.coverage,
-            "famlAngularCoverage": angular_coverage(checkpoint.posterior),
+            "famlAngularCoverage": angular_coverage(checkpoint.posterior, frames_of(source)),
             "famlEffectiveParticles": effective_particles(checkpoint.posterior.class_probability),
             "famlMapCorrelation": record.map_correlation,
         },

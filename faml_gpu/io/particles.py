@@ -26,6 +26,7 @@ from faml_gpu.geometry import relion_to_matrix
 from faml_gpu.io.dynamo import DynamoTable, read_dynamo_table
 from faml_gpu.io.em import read_em_header
 from faml_gpu.io.mrc import VolumeHeader, read_header, read_volume
+from faml_gpu.io.positions import box_frames
 from faml_gpu.io.stacks import STACKS, stack_headers
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
 from faml_gpu.weights import (
@@ -65,6 +66,7 @@ class FileParticles:
     poses : those the STAR file gives, or None where they are not to be used
     table : what `write_particles_star` writes results into
     paths : the N-voxel boxes, in the input's order
+    frames : (n, 3, 3) float64, A_sub of each box, see `io.positions.box_frames`; the identity without a STAR file
     groups : by optics group and by tomogram, as far as the STAR file tells
     weight_ids, weight_index : names of the distinct weights, and which of them each particle has
     warnings : what the user should be told (wedge and data do not fit), usually empty
@@ -81,12 +83,14 @@ class FileParticles:
         weight_index: Int64,
         poses: Poses | None,
         groups: Mapping[str, Groups],
+        frames: Float64,
         means: Float64 | None,
     ) -> None:
         self._headers = headers
         self._weights = weights
         self._means = means
         self.groups = groups
+        self.frames = frames
         self.voxel_size = voxel_size
         self.table = table
         self.weight_ids = tuple(weight_ids)
@@ -299,6 +303,7 @@ def open_particles(
     if use_poses:
         poses = dynamo.poses() if dynamo is not None else star_poses(table, voxel) if table is not None else None
     listed = len(headers)
+    frames = np.tile(np.eye(3), (listed, 1, 1)) if table is None else box_frames(table)
     rows = np.arange(listed) if sample is None else np.unique(np.linspace(0, listed - 1, sample).astype(np.int64))
 
     weights: list[VolumeHeader | Float32]
@@ -316,6 +321,7 @@ def open_particles(
         headers = [headers[i] for i in rows]
         groups = {kind: Groups(g.names, g.index[rows]) for kind, g in groups.items()}
         poses = None if poses is None else poses.take(rows)
+        frames = frames[rows]
     written: ParticleTable = FreshTable(tuple(names), voxel, box)
     if table is not None:
         written = replace(table, voxel_size=voxel, box=box)
@@ -330,6 +336,7 @@ def open_particles(
         index,
         poses,
         groups,
+        frames,
         means,
     )
     result.listed = listed
@@ -541,14 +548,9 @@ def _as_number(text: str) -> float:
 
 def _check_common_frame(table: StarTable, tilt_range: tuple[float, float] | None) -> None:
     """One wedge for all needs boxes cut in the tomogram's own frame."""
-    columns = [f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi")]
-    present = [column for column in columns if column in table.columns]
-    if tilt_range is None or not present:
+    if tilt_range is None:
         return
-    angles = np.zeros((table.n_rows, 3))
-    for column in present:
-        angles[:, columns.index(column)] = table.floats(column)
-    turned = np.abs(relion_to_matrix(angles) - np.eye(3)).max(axis=(1, 2)) > 1e-4
+    turned = np.abs(box_frames(table) - np.eye(3)).max(axis=(1, 2)) > 1e-4
     if turned.any():
         raise InputError(
             f"{table.row_name(int(np.argmax(turned)))}: the boxes of {int(turned.sum())} of {table.n_rows} particles "

@@ -9,7 +9,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.geometry import relion_to_matrix
 from faml_gpu.io.star import StarTable
 
-__all__ = ["recentered"]
+__all__ = ["box_frames", "recentered"]
 
 CENTRED = tuple(f"rlnCenteredCoordinate{x}Angst" for x in "XYZ")  # RELION 5: Angstrom from the tomogram's centre
 CORNER = tuple(f"rlnCoordinate{x}" for x in "XYZ")  # before: pixels from its corner
@@ -17,6 +17,21 @@ FRAME = tuple(f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi"))
 # Of the images that corner coordinates count in, the first that the optics groups have.
 PIXELS = ("rlnTomoTiltSeriesPixelSize", "rlnMicrographOriginalPixelSize", "rlnMicrographPixelSize")
 ORIGINS = tuple(f"rlnOrigin{x}Angst" for x in "XYZ")
+
+
+def box_frames(table: StarTable) -> NDArray[np.float64]:
+    """A_sub, which takes vectors in the frame a box was cut in to the tomogram's: (n, 3, 3) float64, (x, y, z).
+
+    That of rlnTomoSubtomogramRot/Tilt/Psi (RELION 4 and 5), 0 where a column is missing: the identity where the boxes
+    lie as their tomogram does. RELION has the pose of a particle in its tomogram as A_sub R.
+
+    Raises
+    ------
+    InputError
+        A value is no number.
+    """
+    angles = [table.floats(name) if name in table.columns else np.zeros(table.n_rows) for name in FRAME]
+    return relion_to_matrix(np.stack(angles, axis=-1))
 
 
 def recentered(table: StarTable, shifts: ArrayLike) -> dict[str, NDArray[np.float64]]:
@@ -40,8 +55,7 @@ def recentered(table: StarTable, shifts: ArrayLike) -> dict[str, NDArray[np.floa
         No such coordinates; those in pixels, and no optics group tells of which size.
     """
     found = np.asarray(shifts, dtype=np.float64)
-    frames = [table.floats(name) if name in table.columns else np.zeros(table.n_rows) for name in FRAME]
-    moved = np.einsum("nij,nj->ni", relion_to_matrix(np.stack(frames, axis=-1)), found)
+    moved = np.einsum("nij,nj->ni", box_frames(table), found)
     columns: dict[str, NDArray[np.float64]] = {}
     for names, unit in ((CENTRED, None), (CORNER, PIXELS)):
         if not set(names) <= set(table.columns):

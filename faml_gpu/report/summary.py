@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from faml_gpu.data import Poses
 from faml_gpu.errors import InputError
+from faml_gpu.geometry import beam_directions, rotation_angle
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import star_poses
+from faml_gpu.io.positions import box_frames
 from faml_gpu.io.star import read_particles_star
 from faml_gpu.run_reader import RunFiles, open_run
 from faml_gpu.uncertainty import evenness
@@ -40,9 +42,10 @@ EXPECTED_WITHIN = {
 }
 IN_RECORD = (
     "iteration", "log_likelihood", "sigma", "zeta", "class_sizes", "r_max", "resolution", "changed_class",
-    "pose_change", "near_identity", "coverage", "seconds",
+    "pose_change", "coverage", "seconds",
 )  # fmt: skip
-LOCKED = 0.3  # share of the orientations within 10 degrees of the identity; of random ones it is 0.0006
+LOCKED = 0.3  # share of the orientations within 10 degrees of the tomogram's own; of random ones it is 0.0006
+NEAR = 10.0  # degrees
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class RunSummary:
     files : what was read
     maps : (K, N, N, N) float32, averages
     voxel_size : Angstrom
-    poses : rotations (n, 3, 3), shifts (n, 3) in voxels, classes (n,) from 0: the best of each particle
+    poses : rotations (n, 3, 3), shifts (n, 3) in voxels, classes (n,) from 0: the best of each particle, in its box
+    frames : (n, 3, 3), A_sub of each box, see `io.positions.box_frames`
     confidence : (n,) posterior of the best pose
     class_probability : (n, K), or None where an iteration is read: only the final result has it
     log_likelihood : (n,) contribution of each particle
@@ -65,6 +69,7 @@ class RunSummary:
     maps: NDArray[np.float32]
     voxel_size: float
     poses: Poses
+    frames: Float64
     confidence: Float64
     class_probability: Float64 | None
     log_likelihood: Float64
@@ -108,8 +113,11 @@ class RunSummary:
 
     @cached_property
     def directions(self) -> Float64:
-        """Where the beam comes from in the frame of the average, (n, 3), x, y, z: RELION's rot and tilt."""
-        return self.poses.rotations[:, 2, :]
+        """Where the beam comes from in the frame of the average, (n, 3), x, y, z.
+
+        RELION's rot and tilt of the pose in the tomogram, A_sub R; where boxes lie as it does, those of the pose.
+        """
+        return beam_directions(self.poses.rotations, self.frames)
 
     @cached_property
     def off_centre(self) -> Float64:
@@ -193,7 +201,8 @@ class RunSummary:
                 "--mask-radius."
             )
         start = self.about["start"]
-        near = self.history[-1]["near_identity"]
+        # In the tomogram, whose wedge they would be locked to: in boxes cut in turned frames the wedge is turned too.
+        near = float((rotation_angle(self.frames @ self.poses.rotations, np.eye(3)) < NEAR).mean())
         if near > LOCKED and not start["use_poses"] and start["reference"] is None:
             found.append(
                 f"{100 * near:.0f} % of the orientations lie within 10° of one another. Unless the particles do lie "
@@ -223,6 +232,7 @@ def read_summary(folder: str | os.PathLike[str], iteration: int | None = None) -
         maps=maps,
         voxel_size=voxel_size,
         poses=poses,
+        frames=box_frames(table),
         confidence=table.floats("rlnMaxValueProbDistribution"),
         class_probability=_class_probability(files, len(maps)),
         log_likelihood=table.floats("rlnLogLikeliContribution"),

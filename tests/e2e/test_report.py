@@ -19,7 +19,7 @@ import faml_gpu
 from faml_gpu.cli import app
 from faml_gpu.data import Poses
 from faml_gpu.errors import InputError
-from faml_gpu.geometry import relion_to_matrix
+from faml_gpu.geometry import matrix_to_relion, random_rotations, relion_to_matrix
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.report import write_report, write_views
@@ -217,12 +217,13 @@ def test_a_report_that_cannot_be_written(finished: Path, tmp_path: Path) -> None
 
 def changed(run: RunSummary, *, about: dict | None = None, last: dict | None = None, **fields) -> RunSummary:
     """A converged run without doubts, but for what is said."""
-    record = {**run.history[-1], "near_identity": 0.0, **(last or {})}
+    record = {**run.history[-1], **(last or {})}
     start = {"use_poses": False, "reference": None, "initial_lowpass": None}
     content = {**run.about, "warnings": [], "converged_at": 3, "start": start, "iterations": [record], **(about or {})}
     n = len(run.classes)
     even = Poses(run.poses.rotations, np.zeros((n, 3)), np.arange(n) % 2)
-    usual = {"poses": even, "log_likelihood": -np.linspace(1, 2, n)}
+    upright = np.tile(np.eye(3), (len(fields.get("poses", even).rotations), 1, 1))
+    usual = {"poses": even, "frames": upright, "log_likelihood": -np.linspace(1, 2, n)}
     return replace(run, files=replace(run.files, about=content), **{**usual, **fields})
 
 
@@ -241,19 +242,29 @@ def test_doubts(finished: Path) -> None:
     assert only(about={"warnings": ["as the run said"]}) == "as the run said"
     assert only(about={"converged_at": None}).endswith("changed class. --resume with more --iterations goes on.")
     before = {**run.history[-1], "log_likelihood": -10.0}
-    after = {**before, "near_identity": 0.0, "log_likelihood": -7.5, "pose_change": 1.24, "changed_class": 0.1}
+    after = {**before, "log_likelihood": -7.5, "pose_change": 1.24, "changed_class": 0.1}
     assert only(about={"converged_at": None, "iterations": [before, after]}).startswith(
         "The run was ended by its 3 iterations, before it stood still: in the last one particles turned by 1.2° "
         "(median), 10 % changed class, and the log-likelihood rose by 2.5."
     )
     assert "has not ended" in only(about={"status": "running"})
     assert "Class 2 has taken 100 %" in only(poses=poses(np.ones(n, int)))
-    many = Poses(np.tile(np.eye(3), (300, 1, 1)), np.zeros((300, 3)), np.r_[np.zeros(280, int), np.ones(20, int)])
+    turned = random_rotations(300, np.random.default_rng(3))
+    many = Poses(turned, np.zeros((300, 3)), np.r_[np.zeros(280, int), np.ones(20, int)])
     big = {"log_likelihood": -np.linspace(1, 2, 300), "maps": np.concatenate([run.maps, run.maps[:1]])}
     assert only(poses=many, **big) == "Class 3 has only 0 of 300 particles."
-    assert "56 % of the orientations lie within" in only(last={"near_identity": 0.56})
+    upright = random_rotations(n, np.random.default_rng(1))
+    upright[:6] = relion_to_matrix([0, 9, 0])
+    locked = replace(poses(np.arange(n) % 2), rotations=upright)
+    assert "55 % of the orientations lie within" in only(poses=locked)
     known = {"start": {"use_poses": True, "reference": None, "initial_lowpass": None}}
-    assert changed(run, about=known, last={"near_identity": 0.56}).doubts() == []
+    assert changed(run, about=known, poses=locked).doubts() == []
+    # In the tomogram, which has the wedge: not in boxes that were cut in turned frames.
+    frames = random_rotations(n, np.random.default_rng(2))
+    assert changed(run, poses=locked, frames=frames).doubts() == []
+    along = replace(locked, rotations=np.swapaxes(frames, 1, 2))
+    assert changed(run, poses=along).doubts() == []
+    assert "100 % of the orientations lie within" in only(poses=along, frames=frames)
     edge = (BOX / 2 - run.options["mask_radius"] / VOXEL) / np.sqrt(3)  # along each axis
     assert changed(run, poses=poses(np.arange(n) % 2, 0.99 * edge)).doubts() == []
     assert "box is tight" in only(poses=poses(np.arange(n) % 2, 1.01 * edge))
@@ -309,6 +320,26 @@ def test_cylinders_stand_where_particles_were_seen_from(finished: Path) -> None:
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     np.testing.assert_array_less(np.rad2deg(np.arccos((found * expected).sum(axis=1))), 8.0)  # half a bin
     assert (np.linalg.norm(inner, axis=1) > run.options["mask_radius"]).all()
+
+
+def test_directions_of_boxes_cut_in_turned_frames(finished: Path, tmp_path: Path) -> None:
+    """They are those of the particles in their tomograms: table, discs and cylinders."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    table = read_summary(finished).files.particles
+    n = table.n_rows
+    frames = matrix_to_relion(random_rotations(n, np.random.default_rng(1)))
+    columns = {f"rlnTomoSubtomogram{name}": frames[:, i] for i, name in enumerate(("Rot", "Tilt", "Psi"))}
+    columns |= {"rlnAngleTilt": np.zeros(n), "rlnClassNumber": np.ones(n, int)}  # all upright in their boxes
+    (folder / "run_data.star").write_text(table.text(columns))
+    run = read_summary(folder)
+    rot, tilt = np.deg2rad(frames[:, :2].T)
+    beam = np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], axis=1)  # in the box
+    expected = np.einsum("nji,nj->ni", run.poses.rotations, beam)
+    np.testing.assert_allclose(run.directions, expected, atol=1e-5)
+    assert run.coverage_of_angles(0) > 0.5
+    assert angular_distribution(run, 0).count(".cylinder") > 8
+    assert angular_distribution(replace(run, frames=np.tile(np.eye(3), (n, 1, 1))), 0).count(".cylinder") == 1
 
 
 def test_the_bins_of_the_sphere_are_even() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from faml_gpu.data import ParticleSource, Poses
+from faml_gpu.data import ParticleSource, Poses, frames_of
 from faml_gpu.errors import InputError
 from faml_gpu.fourier import shells_of_half
+from faml_gpu.halves import Subset
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import read_particles_star, write_particles_star
 from faml_gpu.weights import FLOOR, centred_from_half, missing_wedge
@@ -497,6 +498,23 @@ def test_turned_boxes_have_no_common_wedge(project):
     turned["rlnTomoSubtomogramTilt"][3] = 40
     path.write_text(star(columns=turned))
     assert len(open_particles(path)) == N  # each has its own weight
+
+
+def test_frames_of_boxes(project):
+    """A_sub of each particle, and of those of a sample; boxes that say nothing lie as their tomogram does."""
+    angles = np.array([[30, 50, -20], [0, 90, 0], [10, 0, -10], [0, 0, 0], [5, 6, 7]])
+    names = [f"rlnTomoSubtomogram{name}" for name in ("Rot", "Tilt", "Psi")]
+    (project / "in.star").write_text(star(columns=dict(zip(names, angles.T, strict=True))))
+    expected = Rotation.from_euler("ZYZ", angles, degrees=True).inv().as_matrix()
+    np.testing.assert_allclose(open_particles(project / "in.star").frames, expected, atol=1e-12)
+    np.testing.assert_allclose(open_particles(project / "in.star", sample=2).frames, expected[[0, 4]], atol=1e-12)
+    plain = open_particles(project / "sub", tilt_range=(-50, 70))
+    np.testing.assert_array_equal(plain.frames, [np.eye(3)] * N)
+    np.testing.assert_array_equal(frames_of(plain), plain.frames)
+    some = Subset(open_particles(project / "in.star"), np.array([4, 1]))
+    np.testing.assert_allclose(frames_of(some), expected[[4, 1]], atol=1e-12)
+    held = ArrayParticles(plain.read(np.arange(N)).boxes, VOXEL)
+    np.testing.assert_array_equal(frames_of(held), plain.frames)
 
 
 # --- arrays

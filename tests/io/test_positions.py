@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from faml_gpu.errors import InputError
-from faml_gpu.io.positions import recentered
+from faml_gpu.io.positions import box_frames, recentered
 from faml_gpu.io.star import StarTable, read_particles_star
 
 OPTICS = "data_optics\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n{}data_particles\nloop_\n"
@@ -19,6 +20,19 @@ def table(tmp_path: Path, optics: str, columns: str, rows: list[str]) -> StarTab
     tags = "".join(f"_rln{name} #{i}\n" for i, name in enumerate(columns.split(), 1))
     path.write_text(f"{optics}{tags}" + "\n".join(rows) + "\n")
     return read_particles_star(path)
+
+
+def test_frames_of_boxes(tmp_path):
+    """Columns that are missing are 0, and without any of them boxes lie as their tomogram does."""
+    turned = table(tmp_path, "data_particles\nloop_\n", "ImageName TomoSubtomogramTilt", ["a.mrc 90", "b.mrc 0"])
+    # Tilt 90: (x, y, z) of the box -> (-z, y, x) of the tomogram.
+    np.testing.assert_allclose(box_frames(turned), [[[0, 0, -1], [0, 1, 0], [1, 0, 0]], np.eye(3)], atol=1e-12)
+    plain = table(tmp_path, "data_particles\nloop_\n", "ImageName AngleTilt", ["a.mrc 90", "b.mrc 0"])
+    np.testing.assert_array_equal(box_frames(plain), [np.eye(3)] * 2)
+    frame = "TomoSubtomogramRot TomoSubtomogramTilt TomoSubtomogramPsi"
+    three = table(tmp_path, "data_particles\nloop_\n", f"ImageName {frame}", ["a.mrc 20 -50 170"])
+    expected = Rotation.from_euler("ZYZ", [20, -50, 170], degrees=True).inv().as_matrix()
+    np.testing.assert_allclose(box_frames(three)[0], expected, atol=1e-12)
 
 
 def test_relion_5(tmp_path):
