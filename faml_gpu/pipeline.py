@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,6 @@ def classify(
             checkpoint = folder.begin(
                 {
                     "command": sys.argv,
-                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "versions": versions(),
                     "machine": machine(),
                     "device": job.device,
