@@ -25,7 +25,7 @@ from faml_gpu.half_files import half_summary, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import FileParticles, open_particles
-from faml_gpu.io.positions import recentered
+from faml_gpu.io.positions import assumed_pixel_size, recentered
 from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
@@ -267,6 +267,14 @@ def _prepare(
         if not isinstance(table, StarTable):
             raise InputError(f"option recenter: found {data.path}, expected a STAR file with coordinates")
         recentered(table, np.zeros((table.n_rows, 3)))  # its coordinates can be moved
+        assumed = assumed_pixel_size(table)
+        if assumed is not None:
+            warnings.warn(
+                f"--recenter: {table.path} does not say the pixel size that rlnCoordinateX counts in; taken as that of "
+                f"the boxes, {assumed:g} A. If the boxes were binned when they were cut, add a column "
+                "rlnMicrographPixelSize with that of the tomogram",
+                stacklevel=3,
+            )
     if use_poses and source.poses is not None and source.poses.classes is not None and chosen.n_classes > 1:
         classes = np.unique(source.poses.classes) + 1
         if classes.tolist() != list(range(1, chosen.n_classes + 1)):

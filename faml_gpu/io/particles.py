@@ -50,6 +50,9 @@ Out = TypeVar("Out")
 SMALLEST_BOX = 10
 VOXEL_TOLERANCE = 0.01  # relative, between STAR, headers and option
 OPTICS_TOLERANCE = 0.001  # relative, between optics groups
+# What says the pixel size of the boxes, the first that there is; the last two together (RELION 3.0; of rescaled boxes
+# RELION scales the detector's).
+PIXEL_SIZES = (("rlnImagePixelSize",), ("rlnPixelSize",), ("rlnDetectorPixelSize", "rlnMagnification"))
 NAMED = 3  # examples given where many files are at fault
 WEDGE_SAMPLE = 8  # boxes whose power is compared with their wedge
 WEIGHT_CACHE = 256 << 20  # bytes of weights kept in memory
@@ -583,31 +586,26 @@ def _check_image_size(table: StarTable, box: int) -> None:
 
 
 def _star_voxel_size(table: StarTable) -> float | None:
-    """Angstrom, of the optics groups (3.1 and later) or the particles' own columns (3.0)."""
-    if table.optics is not None:
-        where = {f"optics group {group}": text for group, text in table.optics_values("rlnImagePixelSize").items()}
-        sizes = {place: _as_number(text) for place, text in where.items()}
-    elif column := next((name for name in ("rlnImagePixelSize", "rlnPixelSize") if name in table.columns), None):
-        sizes = {table.row_name(row): float(size) for row, size in enumerate(table.floats(column))}
-    elif {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table.columns):
-        magnification = table.floats("rlnMagnification")
-        with np.errstate(divide="ignore"):
-            pixels = 1e4 * table.floats("rlnDetectorPixelSize") / magnification  # micrometre to Angstrom
-        sizes = {table.row_name(row): float(size) for row, size in enumerate(pixels)}
+    """Angstrom, as optics groups or the particles' own columns say it, see `PIXEL_SIZES`; None where they do not."""
+    for names in PIXEL_SIZES:
+        found = [table.numbers(name) for name in names]
+        whole = [column for column in found if column is not None]
+        if len(whole) == len(names):
+            break
     else:
-        sizes = {}
-    for place, size in sizes.items():
-        if not (np.isfinite(size) and size > 0):
-            raise InputError(f"{table.path}: pixel size is {size:g} in {place}, expected more than 0 A")
-    if not sizes:
         return None
-    low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = whole[0] if len(whole) == 1 else 1e4 * whole[0] / whole[1]  # micrometre to Angstrom
+    for row in np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))[:1]:
+        place = table.place(int(row), names[0])
+        raise InputError(f"{table.path}: pixel size is {sizes[row]:g} in {place}, expected more than 0 A")
+    low, high = int(sizes.argmin()), int(sizes.argmax())
     if sizes[high] > sizes[low] * (1 + OPTICS_TOLERANCE):
         raise InputError(
-            f"{table.path}: pixel sizes differ: {sizes[low]:g} A in {low}, {sizes[high]:g} A in {high}; "
-            "expected the same for all particles"
+            f"{table.path}: pixel sizes differ: {sizes[low]:g} A in {table.place(low, names[0])}, {sizes[high]:g} A in "
+            f"{table.place(high, names[0])}; expected the same for all particles"
         )
-    return sizes[low]
+    return float(sizes[low])
 
 
 def _agreed_voxel_size(
