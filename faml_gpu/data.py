@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "State",
     "best_poses",
+    "frames_of",
 ]
 
 Float32 = NDArray[np.float32]
@@ -106,6 +107,16 @@ class ParticleSource(Protocol):
     def read(self, indices: Int64) -> Batch: ...
 
 
+def frames_of(source: ParticleSource) -> Float64:
+    """A_sub of each box, (n, 3, 3): `source.frames`, the identity where a source has none.
+
+    It takes vectors in the frame a box was cut in to that of its tomogram. Poses are in the box, weights too: it is
+    wanted only where something of the tomogram's counts, such as the direction of its beam.
+    """
+    frames: Float64 | None = getattr(source, "frames", None)
+    return np.tile(np.eye(3), (len(source), 1, 1)) if frames is None else frames
+
+
 @dataclass
 class State:
     """The parameters Theta of the model.
@@ -121,6 +132,8 @@ class State:
     unseen : (F or 1, N, N, N//2 + 1) float32 or None, the power the averages (those without each fold) are expected to
         have at a Fourier voxel beside what the particles have told, see `maximization.wiener_factor`
     apart : (F, K, N, N, N) float32 or None, the class averages without the particles of each fold
+    seen : (K, 3, N, N) float32 or None, what was measured of each average, see `maximization.coverage_planes`: to be
+        looked at, nothing follows from it
     r_max : Fourier shells the data back, where they decide how far the band may reach, see `resolution`
     relative_noise : (G, S) float64 or None, noise variance of each group of particles over `sigma2`, see `noise`; None
         where all share one curve
@@ -139,6 +152,7 @@ class State:
     scale: Float64 | None = None
     r_max: int | None = None
     apart: Float32 | None = None
+    seen: Float32 | None = None
 
     @property
     def group_sigma2(self) -> Float64:

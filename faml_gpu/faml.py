@@ -249,6 +249,7 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
         unseen=unseen,
         relative_noise=relative,
         noise_groups=old.noise_groups,
+        seen=maximization.coverage_planes(total.weights, total.mass, band.output.to("cpu")),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "beam_directions",
     "dynamo_to_matrix",
     "euler_to_matrix",
     "matrix_to_dynamo",
@@ -115,6 +116,25 @@ def matrix_to_dynamo(matrices: ArrayLike) -> Floats:
     alpha, beta, gamma = np.moveaxis(np.rad2deg(matrix_to_euler(np.swapaxes(np.asarray(matrices), -1, -2))), -1, 0)
     angles = np.stack([gamma - 90, beta, alpha + 90], axis=-1)
     return np.asarray(180 - (180 - angles) % 360)
+
+
+def beam_directions(rotations: ArrayLike, frames: ArrayLike) -> Floats:
+    """Where the beam comes from as each particle sees it: unit vectors in the frame of its average.
+
+    R takes what is in the average to the box, A_sub what is in the box to the tomogram, where the beam lies along z. So
+    A_sub R takes the direction d that is asked for to z, and d = (A_sub R)^T z, its third row.
+
+    Parameters
+    ----------
+    rotations : (n, 3, 3) array, R of poses in their boxes
+    frames : (n, 3, 3) array, A_sub of their boxes, see `io.positions.box_frames`
+
+    Returns
+    -------
+    (n, 3) float64 array, (x, y, z)
+    """
+    beam = np.asarray(frames, np.float64)[:, 2, :]  # in the box
+    return np.asarray(np.einsum("nj,njk->nk", beam, np.asarray(rotations, np.float64)))
 
 
 def rotation_angle(first: ArrayLike, second: ArrayLike) -> Floats:

@@ -26,6 +26,7 @@ from faml_gpu.data import (
     Progress,
     Result,
     best_poses,
+    frames_of,
     progress_of,
 )
 from faml_gpu.device_info import choose_device
@@ -102,6 +103,11 @@ class Subset:
     def groups(self) -> Mapping[str, Groups]:
         """Those of the source, of its particles."""
         return {kind: Groups(g.names, g.index[self.indices]) for kind, g in self.source.groups.items()}
+
+    @property
+    def frames(self) -> Float64:
+        """Those of the source's particles, see `data.frames_of`."""
+        return frames_of(self.source)[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

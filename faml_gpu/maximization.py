@@ -12,9 +12,12 @@ from faml_gpu.array_backend import Array, namespace, to_device, to_host
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, weight_grid
+from faml_gpu.weights import centred_from_half
 
 __all__ = [
+    "COVERAGE_FLOOR",
     "Accumulators",
+    "coverage_planes",
     "covered",
     "direct_average",
     "new_relative_noise",
@@ -313,6 +316,30 @@ def wiener_factor(
 def covered(weights: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
     """Share of each class's Fourier voxels that were observed at all, (K,)."""
     return np.asarray((weights > COVERAGE_FLOOR * np.maximum(mass, np.finfo(np.float64).tiny)[:, None]).mean(axis=1))
+
+
+def coverage_planes(weights: NDArray[np.float64], mass: NDArray[np.float64], support: Support) -> NDArray[np.float32]:
+    """Mean weight of the particles of each class in the central planes xy, xz, yz of Fourier space: (K, 3, N, N).
+
+    Parameters
+    ----------
+    weights : (K, M), sums of P R^-1 w; mass : (K,), sums of P
+    support : of M voxels
+
+    Returns
+    -------
+    (K, 3, N, N) float32 array
+        Zero frequency at N//2, the second axis named is the row. NaN off the support; less than `COVERAGE_FLOOR` is a
+        gap. 0 all over in a class without mass.
+    """
+    box, centre = support.box, support.box // 2
+    planes = np.empty((len(mass), 3, box, box), np.float32)
+    inside = centred_from_half(support.scatter(np.ones(len(support))), box) > 0
+    for k, total in enumerate(mass):
+        mean = weights[k] / total if total > 0 else np.zeros_like(weights[k])
+        cube = np.where(inside, centred_from_half(support.scatter(mean), box), np.float32(np.nan))
+        planes[k] = cube[centre], cube[:, centre], cube[:, :, centre]
+    return planes
 
 
 def new_sigma2(

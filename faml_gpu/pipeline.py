@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import faml
 from faml_gpu.config import config_text
-from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Progress, Result, frames_of
 from faml_gpu.device_info import choose_device, machine, n_threads, versions
 from faml_gpu.dry_run import Forecast, forecast
 from faml_gpu.errors import InputError
@@ -27,7 +26,7 @@ from faml_gpu.half_files import half_summary, read_mask, write_halves
 from faml_gpu.halves import HalvesResult, common_lowpass, refine_halves, stated_halves, together_options
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import FileParticles, open_particles
-from faml_gpu.io.positions import recentered
+from faml_gpu.io.positions import assumed_pixel_size, recentered
 from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
@@ -158,7 +157,6 @@ def classify(
             checkpoint = folder.begin(
                 {
                     "command": sys.argv,
-                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
                     "versions": versions(),
                     "machine": machine(),
                     "device": job.device,
@@ -204,7 +202,7 @@ def classify(
         )
         if chosen.halves:
             result = _halve(job, result, folder, on_iteration, progress)
-        remarks = _doubts(result)
+        remarks = _doubts(result, source)
         if folder is not None:
             _write_final(folder, result, source, remarks, recenter, _named(fsc_mask))
             _write_pictures(folder.path)
@@ -282,6 +280,14 @@ def _prepare(
         if not isinstance(table, StarTable):
             raise InputError(f"option recenter: found {data.path}, expected a STAR file with coordinates")
         recentered(table, np.zeros((table.n_rows, 3)))  # its coordinates can be moved
+        assumed = assumed_pixel_size(table)
+        if assumed is not None:
+            warnings.warn(
+                f"--recenter: {table.path} does not say the pixel size that rlnCoordinateX counts in; taken as that of "
+                f"the boxes, {assumed:g} A. If the boxes were binned when they were cut, add a column "
+                "rlnMicrographPixelSize with that of the tomogram",
+                stacklevel=3,
+            )
     if use_poses and source.poses is not None and source.poses.classes is not None and chosen.n_classes > 1:
         classes = np.unique(source.poses.classes) + 1
         if classes.tolist() != list(range(1, chosen.n_classes + 1)):
@@ -445,10 +451,10 @@ def _write_pictures(folder: Path) -> None:
         )
 
 
-def _doubts(result: Result) -> list[str]:
+def _doubts(result: Result, source: ParticleSource) -> list[str]:
     """What the user should know of the result before using it."""
     remarks = preferred_orientations(
-        angular_coverage(result.posterior),
+        angular_coverage(result.posterior, frames_of(source)),
         result.history[-1].coverage,
         effective_particles(result.posterior.class_probability),
     )

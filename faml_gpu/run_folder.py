@@ -14,10 +14,12 @@ import math
 import os
 import re
 import socket
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Poses, Posterior, Result, State, best_poses
+from faml_gpu.data import (
+    Checkpoint,
+    IterationRecord,
+    ParticleSource,
+    Poses,
+    Posterior,
+    Result,
+    State,
+    best_poses,
+    frames_of,
+)
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
@@ -45,8 +57,9 @@ LOCK = ".run.lock"
 
 # All that a run writes, and so all that --overwrite may remove.
 _OURS = re.compile(
-    r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_checkpoint\.(npz|json))"
-    r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_data_recentered\.star|_class_posteriors\.star|\.json|\.toml)"
+    r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_coverage\.npz|_checkpoint\.(npz|json))"
+    r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_data_recentered\.star|_class_posteriors\.star|_coverage\.npz|\.json"
+    r"|\.toml)"
     r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|(run_it\d{3,}_)?report\.html"
 )
 _OF_HALVES = re.compile(
@@ -91,6 +104,10 @@ class RunFolder:
         self._overwrite = overwrite
         self._lock: int | None = None
         self._facts: dict[str, Any] = {}
+        self._history: list[IterationRecord] = []
+        self._of_halves: dict[tuple[int, int], list[IterationRecord]] = {}
+        self._clock, self._began = time.monotonic(), _now()
+        self._sessions: list[dict[str, Any]] = []  # of earlier processes
 
     def check(self, options: Options | None = None, inputs: Iterable[Path] = ()) -> None:
         """Raise what a run in this folder would, as far as can be told without making or locking anything.
@@ -168,7 +185,8 @@ class RunFolder:
         Parameters
         ----------
         facts : JSON-ready
-            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`.
+            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`. When it began
+            and ended, and the wall seconds, counted from when this object was made, are added.
         config : what run.toml holds, see `config.config_text`
 
         Returns
@@ -182,7 +200,9 @@ class RunFolder:
         """
         checkpoint = None
         if self._resume:
-            _check_agreement(self._read_run_json(), facts)
+            before = self._read_run_json()
+            _check_agreement(before, facts)
+            self._sessions = _sessions(before)
             checkpoint = self._newest_checkpoint()
         with writing(self.path):
             if self._overwrite:
@@ -193,7 +213,8 @@ class RunFolder:
                 if _LEFTOVER.fullmatch(path.name):
                     path.unlink()
         self._facts = {"format": FORMAT, **facts}
-        self._write_run_json("running", checkpoint.history if checkpoint else [])
+        self._history = checkpoint.history if checkpoint else []
+        self._write_run_json("running")
         if config:
             _replace(self.path / "run.toml", config.encode(errors="backslashreplace"))
         return checkpoint
@@ -213,10 +234,12 @@ class RunFolder:
                     path.unlink()
         self._write_maps(stem, checkpoint.state.maps, source.voxel_size)
         self._write_data(stem, checkpoint.posterior, source)
+        self._write_coverage(stem, checkpoint.state)
         with writing(self.path / f"{stem}_model.star"):
             _write_model(self.path / f"{stem}_model.star", stem, checkpoint, source)
         write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
-        self._write_run_json("running", checkpoint.history)
+        self._history = checkpoint.history
+        self._write_run_json("running")
         self._forget_old_checkpoints()
 
     def write_half_iteration(self, k: int, half: int, checkpoint: Checkpoint, voxel_size: float) -> None:
@@ -231,11 +254,16 @@ class RunFolder:
         with writing(path):
             write_mrc(path, checkpoint.state.maps[0], voxel_size)
         write_checkpoint(path.with_name(f"{path.stem}_checkpoint"), checkpoint)
+        self._of_halves[k, half] = checkpoint.history
+        self._write_run_json("running")
         self._forget_old_checkpoints(_half_name(k, half))
 
     def half_checkpoint(self, k: int, half: int) -> Checkpoint | None:
         """The last whole checkpoint of a half (1 or 2) of class k (from 0); None where it begins."""
-        return self._last_whole(_half_name(k, half))
+        found = self._last_whole(_half_name(k, half))
+        if found is not None:
+            self._of_halves[k, half] = found.history
+        return found
 
     def write_final(
         self,
@@ -264,6 +292,7 @@ class RunFolder:
             Nothing written earlier is lost.
         """
         self._write_maps("run", result.maps, result.voxel_size)
+        self._write_coverage("run", result.state)
         self._write_data("run", result.posterior, source, columns)
         table = _table(source)
         if recenter and isinstance(table, StarTable):
@@ -278,7 +307,8 @@ class RunFolder:
             write_star(path, {"class_posteriors": posterior_columns(result.posterior, table.image_names)})
         self._facts["warnings"] = list(remarks)
         self._facts["converged_at"] = result.converged_at
-        self._write_run_json("finished", result.history)
+        self._history = result.history
+        self._write_run_json("finished")
 
     def has_checkpoint(self) -> bool:
         """Whether a later process has something to go on from."""
@@ -330,8 +360,24 @@ class RunFolder:
             raise InputError(f"{path}: found format {found!r}, expected {FORMAT}; start again with --overwrite")
         return content
 
-    def _write_run_json(self, status: str, history: list[IterationRecord]) -> None:
-        content = {**self._facts, "status": status, "iterations": [asdict(record) for record in history]}
+    def _write_run_json(self, status: str) -> None:
+        now = _now()
+        mine = {"started": self._began, "ended": now, "seconds": round(time.monotonic() - self._clock, 2)}
+        sessions = [*self._sessions, mine]
+        content = {
+            **self._facts,
+            "started": sessions[0]["started"],
+            "ended": now if status == "finished" else None,
+            "wall_seconds": round(sum(session["seconds"] for session in sessions), 2),
+            "sessions": sessions,
+            "status": status,
+            "iterations": [asdict(record) for record in self._history],
+        }
+        if self._of_halves:
+            content["iterations_of_halves"] = [
+                {"class": k + 1, "half": half, "iterations": [asdict(record) for record in history]}
+                for (k, half), history in sorted(self._of_halves.items())
+            ]
         text = json.dumps(finite(content), indent=1, allow_nan=False)
         _replace(self.path / "run.json", text.encode() + b"\n")
 
@@ -340,6 +386,16 @@ class RunFolder:
             path = self.path / f"{stem}_class{k:03d}.mrc"
             with writing(path):
                 write_mrc(path, volume, voxel_size)
+
+    def _write_coverage(self, stem: str, state: State) -> None:
+        """What was measured of the averages: an array `planes`, see `maximization.coverage_planes`."""
+        path = self.path / f"{stem}_coverage.npz"
+        if state.seen is None:
+            path.unlink(missing_ok=True)  # that of the run when it had fewer iterations
+            return
+        buffer = BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, planes=state.seen)
+        _replace(path, buffer.getvalue())
 
     def _write_data(
         self,
@@ -357,6 +413,20 @@ class RunFolder:
                 best = best_poses(posterior)
                 text = table.table_text(Poses(best.rotations, best.shifts, best.classes))
                 _replace(path.with_suffix(".tbl"), text.encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _sessions(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Begin, end and wall seconds of the processes that a run took so far, as run.json has them."""
+    found = about.get("sessions")
+    whole = isinstance(found, list) and all(
+        isinstance(s, dict) and isinstance(s.get("started"), str) and isinstance(s.get("seconds"), (int, float))
+        for s in found
+    )
+    return list(found) if whole and isinstance(found, list) else []
 
 
 def _is_ours(name: str) -> bool:
@@ -536,7 +606,7 @@ def _write_model(path: Path, stem: str, checkpoint: Checkpoint, source: Particle
             "rlnClassDistribution": state.alpha,
             "famlClassSize": record.class_sizes,
             "famlFourierCoverage": record.coverage,
-            "famlAngularCoverage": angular_coverage(checkpoint.posterior),
+            "famlAngularCoverage": angular_coverage(checkpoint.posterior, frames_of(source)),
             "famlEffectiveParticles": effective_particles(checkpoint.posterior.class_probability),
             "famlMapCorrelation": record.map_correlation,
         },

@@ -182,4 +182,4 @@ def onto_axes(plan: Plan, band: Band, state: State, posterior: Posterior) -> tup
             moved = [moved_onto_axes(m, axes, group, support) for m in apart[:, k]]
             apart[:, k] = plan.to_maps(np.stack(moved), support)
         posterior = in_frame(posterior, axes.rotation, axes.shift, k)
-    return replace(state, maps=maps, apart=apart, unseen=None), posterior
+    return replace(state, maps=maps, apart=apart, unseen=None, seen=None), posterior

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.data import Posterior
+from faml_gpu.geometry import beam_directions
 
 __all__ = [
     "angular_coverage",
@@ -67,14 +68,15 @@ def evenness(directions: Float64, weights: Float64) -> float:
     return float(np.clip(1.5 * (1 - np.linalg.eigvalsh(scatter)[-1]), 0.0, 1.0))
 
 
-def angular_coverage(posterior: Posterior) -> Float64:
+def angular_coverage(posterior: Posterior, frames: Float64) -> Float64:
     """`evenness` of the beam's directions in the frame of each class average, (K,) float64, over its posterior.
 
-    The beam is taken along z of the boxes: in the average's frame R^T z. The missing wedge lies around it, so
-    particles that differ only by a turn about the beam share a missing cone (0), while turns about the tilt axis
-    (0.75) can fill all of it: read it beside the Fourier coverage, which knows the wedge.
+    frames (N, 3, 3): A_sub of each particle's box, see `data.frames_of`. The beam lies along z of the tomogram, see
+    `geometry.beam_directions`. The missing wedge lies around it, so particles that differ only by a turn about the beam
+    share a missing cone (0), while turns about the tilt axis (0.75) can fill all of it: read it beside the Fourier
+    coverage, which knows the wedge.
     """
-    beam = posterior.rotations[:, 2, :]
+    beam = beam_directions(posterior.rotations, frames[posterior.particle])
     classes = range(posterior.class_probability.shape[1])
     mine = [posterior.class_index == k for k in classes]
     return np.array([evenness(beam[m], posterior.probability[m]) for m in mine])

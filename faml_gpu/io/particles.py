@@ -26,6 +26,7 @@ from faml_gpu.geometry import relion_to_matrix
 from faml_gpu.io.dynamo import DynamoTable, read_dynamo_table
 from faml_gpu.io.em import read_em_header
 from faml_gpu.io.mrc import VolumeHeader, read_header, read_volume
+from faml_gpu.io.positions import box_frames
 from faml_gpu.io.stacks import STACKS, stack_headers
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
 from faml_gpu.weights import (
@@ -49,6 +50,9 @@ Out = TypeVar("Out")
 SMALLEST_BOX = 10
 VOXEL_TOLERANCE = 0.01  # relative, between STAR, headers and option
 OPTICS_TOLERANCE = 0.001  # relative, between optics groups
+# What says the pixel size of the boxes, the first that there is; the last two together (RELION 3.0; of rescaled boxes
+# RELION scales the detector's).
+PIXEL_SIZES = (("rlnImagePixelSize",), ("rlnPixelSize",), ("rlnDetectorPixelSize", "rlnMagnification"))
 NAMED = 3  # examples given where many files are at fault
 WEDGE_SAMPLE = 8  # boxes whose power is compared with their wedge
 WEIGHT_CACHE = 256 << 20  # bytes of weights kept in memory
@@ -65,6 +69,7 @@ class FileParticles:
     poses : those the STAR file gives, or None where they are not to be used
     table : what `write_particles_star` writes results into
     paths : the N-voxel boxes, in the input's order
+    frames : (n, 3, 3) float64, A_sub of each box, see `io.positions.box_frames`; the identity without a STAR file
     groups : by optics group and by tomogram, as far as the STAR file tells
     weight_ids, weight_index : names of the distinct weights, and which of them each particle has
     warnings : what the user should be told (wedge and data do not fit), usually empty
@@ -81,12 +86,14 @@ class FileParticles:
         weight_index: Int64,
         poses: Poses | None,
         groups: Mapping[str, Groups],
+        frames: Float64,
         means: Float64 | None,
     ) -> None:
         self._headers = headers
         self._weights = weights
         self._means = means
         self.groups = groups
+        self.frames = frames
         self.voxel_size = voxel_size
         self.table = table
         self.weight_ids = tuple(weight_ids)
@@ -299,6 +306,7 @@ def open_particles(
     if use_poses:
         poses = dynamo.poses() if dynamo is not None else star_poses(table, voxel) if table is not None else None
     listed = len(headers)
+    frames = np.tile(np.eye(3), (listed, 1, 1)) if table is None else box_frames(table)
     rows = np.arange(listed) if sample is None else np.unique(np.linspace(0, listed - 1, sample).astype(np.int64))
 
     weights: list[VolumeHeader | Float32]
@@ -316,6 +324,7 @@ def open_particles(
         headers = [headers[i] for i in rows]
         groups = {kind: Groups(g.names, g.index[rows]) for kind, g in groups.items()}
         poses = None if poses is None else poses.take(rows)
+        frames = frames[rows]
     written: ParticleTable = FreshTable(tuple(names), voxel, box)
     if table is not None:
         written = replace(table, voxel_size=voxel, box=box)
@@ -330,6 +339,7 @@ def open_particles(
         index,
         poses,
         groups,
+        frames,
         means,
     )
     result.listed = listed
@@ -541,14 +551,9 @@ def _as_number(text: str) -> float:
 
 def _check_common_frame(table: StarTable, tilt_range: tuple[float, float] | None) -> None:
     """One wedge for all needs boxes cut in the tomogram's own frame."""
-    columns = [f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi")]
-    present = [column for column in columns if column in table.columns]
-    if tilt_range is None or not present:
+    if tilt_range is None:
         return
-    angles = np.zeros((table.n_rows, 3))
-    for column in present:
-        angles[:, columns.index(column)] = table.floats(column)
-    turned = np.abs(relion_to_matrix(angles) - np.eye(3)).max(axis=(1, 2)) > 1e-4
+    turned = np.abs(box_frames(table) - np.eye(3)).max(axis=(1, 2)) > 1e-4
     if turned.any():
         raise InputError(
             f"{table.row_name(int(np.argmax(turned)))}: the boxes of {int(turned.sum())} of {table.n_rows} particles "
@@ -581,31 +586,26 @@ def _check_image_size(table: StarTable, box: int) -> None:
 
 
 def _star_voxel_size(table: StarTable) -> float | None:
-    """Angstrom, of the optics groups (3.1 and later) or the particles' own columns (3.0)."""
-    if table.optics is not None:
-        where = {f"optics group {group}": text for group, text in table.optics_values("rlnImagePixelSize").items()}
-        sizes = {place: _as_number(text) for place, text in where.items()}
-    elif column := next((name for name in ("rlnImagePixelSize", "rlnPixelSize") if name in table.columns), None):
-        sizes = {table.row_name(row): float(size) for row, size in enumerate(table.floats(column))}
-    elif {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table.columns):
-        magnification = table.floats("rlnMagnification")
-        with np.errstate(divide="ignore"):
-            pixels = 1e4 * table.floats("rlnDetectorPixelSize") / magnification  # micrometre to Angstrom
-        sizes = {table.row_name(row): float(size) for row, size in enumerate(pixels)}
+    """Angstrom, as optics groups or the particles' own columns say it, see `PIXEL_SIZES`; None where they do not."""
+    for names in PIXEL_SIZES:
+        found = [table.numbers(name) for name in names]
+        whole = [column for column in found if column is not None]
+        if len(whole) == len(names):
+            break
     else:
-        sizes = {}
-    for place, size in sizes.items():
-        if not (np.isfinite(size) and size > 0):
-            raise InputError(f"{table.path}: pixel size is {size:g} in {place}, expected more than 0 A")
-    if not sizes:
         return None
-    low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = whole[0] if len(whole) == 1 else 1e4 * whole[0] / whole[1]  # micrometre to Angstrom
+    for row in np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))[:1]:
+        place = table.place(int(row), names[0])
+        raise InputError(f"{table.path}: pixel size is {sizes[row]:g} in {place}, expected more than 0 A")
+    low, high = int(sizes.argmin()), int(sizes.argmax())
     if sizes[high] > sizes[low] * (1 + OPTICS_TOLERANCE):
         raise InputError(
-            f"{table.path}: pixel sizes differ: {sizes[low]:g} A in {low}, {sizes[high]:g} A in {high}; "
-            "expected the same for all particles"
+            f"{table.path}: pixel sizes differ: {sizes[low]:g} A in {table.place(low, names[0])}, {sizes[high]:g} A in "
+            f"{table.place(high, names[0])}; expected the same for all particles"
         )
-    return sizes[low]
+    return float(sizes[low])
 
 
 def _agreed_voxel_size(

@@ -235,6 +235,34 @@ class StarTable:
                 )
         return {group: values[group] for group in dict.fromkeys(groups)}
 
+    def numbers(self, name: str) -> NDArray[np.float64] | None:
+        """A number for each particle, (n,) float64: that of its optics group, or else of its own column, or None.
+
+        RELION has moved columns from the particles to their optics groups; where both are, it reads the groups'.
+
+        Raises
+        ------
+        InputError
+            A value is not a finite number; see `optics_values`.
+        """
+        of_groups: dict[str, float] = {}
+        for group, text in self.optics_values(name).items():
+            try:
+                of_groups[group] = float(text)
+            except ValueError:
+                of_groups[group] = np.nan
+            if not np.isfinite(of_groups[group]):
+                raise InputError(f"{self.path}: {name} is {text:.60} in optics group {group}, expected a number")
+        if of_groups:
+            return np.array([of_groups[group] for group in self.strings("rlnOpticsGroup")])
+        return self.floats(name) if name in self.columns else None
+
+    def place(self, row: int, name: str) -> str:
+        """For messages: where `numbers` has the value of a row (from 0) from."""
+        if self.optics is not None and name in self.optics:
+            return f"optics group {self.strings('rlnOpticsGroup')[row]}"
+        return self.row_name(row)
+
     def text(self, columns: Columns) -> str:
         """See `ParticleTable`. One-block input comes back in two blocks, with origins in Angstrom."""
         line_end = "\r\n" if "\r\n" in self.source else "\n"

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from faml_gpu.maximization import COVERAGE_FLOOR
 from faml_gpu.report.slices import PLANES, central_slices, scale_bar
 from faml_gpu.report.summary import MISFIT, RunSummary
 
@@ -21,8 +23,10 @@ __all__ = [
     "class_sizes",
     "confidence",
     "convergence",
+    "coverage",
     "directions",
     "fsc_curves",
+    "halves",
     "likelihoods",
     "shifts",
     "step_seconds",
@@ -32,6 +36,7 @@ WIDTH = 9.0  # inches; a page holds it
 IN_LEGEND = 10  # classes; the names of more would leave no room for the curves
 COLOURS = ("#3b6ea5", "#c8553d", "#588157", "#e09f3e", "#6d597a", "#2a9d8f", "#8d6b4f", "#b5838d", "#495057", "#a3b18a")
 GREY = "0.55"
+GAP = "#d62828"
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, NDArray[Any]]:
@@ -122,6 +127,37 @@ def convergence(run: RunSummary) -> Figure:
     return figure
 
 
+def halves(run: RunSummary) -> Figure:
+    """Likelihood, band and pose changes of each half by iteration: a colour per class, half 2 dashed.
+
+    Likelihoods are those at the last band and count from the last: the jumps where the band grows, and halves of more
+    particles, would leave no height to the others.
+    """
+    figure, axes = _figure(2.6, 1, 3)
+    names = ("log-likelihood at the last resolution", "finest detail used (Å)", "pose change (°)")
+    for part in run.halves:
+        last = part.history[-1]
+        finest = [r for r in part.history if r["r_max"] == last["r_max"]]
+        likelihood = np.array([r["log_likelihood"] for r in finest], dtype=float)
+        curves = (
+            (finest, likelihood - likelihood[-1]),
+            (part.history, [r["resolution"] for r in part.history]),
+            (part.history, [r["pose_change"] for r in part.history]),
+        )
+        style = {"color": _colour(part.class_number - 1), "linestyle": "-" if part.half == 1 else "--"}
+        for ax, (records, values) in zip(axes.flat, curves, strict=True):
+            ax.plot([r["iteration"] for r in records], values, marker="o", markersize=3, label=part.name, **style)
+    for ax, name in zip(axes.flat, names, strict=True):
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("iteration", fontsize=8)
+        ax.tick_params(labelsize=8)
+        _whole_numbers(ax)
+    axes[0, 2].set_ylim(0, None)
+    if len(run.halves) <= IN_LEGEND:
+        axes[0, 2].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def fsc_curves(run: RunSummary) -> Figure:
     """Fourier shell correlation of the half maps of each class that has them."""
     figure, ((ax,),) = _figure(3.4)
@@ -176,6 +212,30 @@ def directions(run: RunSummary) -> Figure:
     return figure
 
 
+def coverage(run: RunSummary) -> Figure:
+    """How much was measured in the central planes of Fourier space of each average: two classes a row, gaps in red."""
+    assert run.planes is not None
+    shown = [k for k, size in enumerate(run.sizes) if size]
+    side_by_side = min(len(shown), 2)
+    rows, cell = math.ceil(len(shown) / 2), 2.3 if side_by_side == 1 else 1.6
+    figure = Figure(figsize=(WIDTH, cell * rows + 0.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 3 * side_by_side, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, k in enumerate(shown):
+        most = max(float(np.nanmax(run.planes[k])), np.finfo(np.float32).tiny)
+        for plane, values, ax in zip(PLANES, run.planes[k], axes[i // 2, 3 * (i % 2) :], strict=False):
+            measured = np.ma.masked_where(~(values >= COVERAGE_FLOOR), values)
+            gap = np.where(values < COVERAGE_FLOOR, 1.0, np.nan)
+            ax.imshow(measured, cmap="viridis", vmin=0, vmax=most, origin="lower", interpolation="nearest")
+            ax.imshow(gap, cmap=ListedColormap([GAP]), origin="lower", interpolation="nearest")
+            within = np.nonzero(~np.isnan(values).all(axis=0))[0]
+            ax.set(xlim=(within[0] - 1, within[-1] + 1), ylim=(within[0] - 1, within[-1] + 1))
+            ax.set_title(f"class {k + 1}, {plane}", fontsize=8, pad=2)
+    return figure
+
+
 def shifts(run: RunSummary) -> Figure:
     """How far the particles lie off the centre of their box."""
     figure, ((ax, axis),) = _figure(2.6, 1, 2)
@@ -221,7 +281,7 @@ def likelihoods(run: RunSummary) -> Figure:
 def step_seconds(run: RunSummary) -> Figure:
     """Seconds of each step, all iterations together."""
     total: dict[str, float] = {}
-    for record in run.history:
+    for record in [*run.history, *(record for part in run.halves for record in part.history)]:
         for name, seconds in record["seconds"].items():
             total[name] = total.get(name, 0.0) + seconds
     total = total or {"not known": 0.0}

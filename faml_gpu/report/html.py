@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -72,6 +74,7 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("faml_gpu.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["options"] = _options_whole
     text = environment.get_template("report.html").render(
         version=__version__,
         title=run.files.folder.resolve().name,
@@ -90,6 +93,18 @@ def write_report(
     return path
 
 
+class _Html(str):
+    """Text that is HTML by now: templates ask for this method, and escape what has none."""
+
+    def __html__(self) -> str:
+        return self
+
+
+def _options_whole(text: str) -> _Html:
+    """Text with names of options as code, which the page keeps on one line: browsers break lines behind a hyphen."""
+    return _Html(re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", html.escape(text)))
+
+
 def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     """What was run, on what, for how long."""
     about, data = run.about, run.about["input"]
@@ -97,7 +112,7 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
         program, *words = about["command"]
         yield "Command", shlex.join(["faml-gpu" if program.endswith("faml-gpu") else program, *words])
     yield "Particles", f"{data['particles']} boxes of {data['box']}³ voxels of {data['voxel_size']:g} Å, {data['path']}"
-    done, seconds = len(run.history), sum(sum(record["seconds"].values()) for record in run.history)
+    done = len(run.history)
     if not run.final:
         state = f"{run.iteration} of at most {run.options['iterations']}"
     elif about["status"] == "finished":
@@ -106,14 +121,33 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
         state = f"{done} of at most {run.options['iterations']} done"
     yield "Iterations", state
     if about["started"]:
-        yield "Started", about["started"].replace("T", " ")
-    yield "Time in iterations", _duration(seconds)
+        yield "Started", _moment(about["started"])
+    if run.final and about.get("ended"):
+        yield "Ended", _moment(about["ended"])
+    if run.latest and isinstance(about.get("wall_seconds"), int | float):
+        sessions = len(about.get("sessions") or [0])
+        gone_on = f", in {sessions} sessions" if sessions > 1 else ""
+        so_far = "" if run.final else " so far"
+        yield "Time", f"{_duration(about['wall_seconds'])}{so_far}{gone_on}"
+    together, apart = _seconds(run.history), sum(_seconds(part.history) for part in run.halves)
+    yield (
+        "Time in iterations",
+        _duration(together + apart) + (f", {_duration(apart)} of it the halves" if apart else ""),
+    )
     machine = about["machine"]
     yield "Machine", ", ".join(str(machine[key]) for key in ("cpu", "memory", "system") if machine.get(key))
     yield "Device", f"{about['device']}, {about['threads']} CPU threads"
     versions = about["versions"]
     yield "Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     yield "Seed", str(about["seed"])
+
+
+def _moment(text: str) -> str:
+    return text.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _seconds(records: list[dict[str, Any]]) -> float:
+    return float(sum(sum(record["seconds"].values()) for record in records))
 
 
 def _duration(seconds: float) -> str:
@@ -193,6 +227,16 @@ def _plates(run: RunSummary) -> Iterator[Plate]:
         "particle turned since the iteration before. Fourier coverage is the share of the average's Fourier voxels "
         "that any particle has measured; what the missing wedges leave in common stays empty.",
     )
+    if run.halves:
+        yield Plate(
+            "halves",
+            "Convergence of the halves",
+            _picture(figures.halves(run)),
+            "likelihood, resolution and pose changes of each half by iteration",
+            "The panels above are of all particles together. From their averages the halves of each class then go on "
+            "by themselves: here is each of them, the second dashed. All should level off, as above. The "
+            "log-likelihood is shown where the resolution is that of the end, and counts from its last value.",
+        )
     if run.fsc:
         yield Plate(
             "fsc",
@@ -213,6 +257,17 @@ def _plates(run: RunSummary) -> Iterator[Plate]:
         "few clusters or a belt mean a preferred orientation, or orientations locked to the missing wedge. With a "
         "symmetry imposed, each particle shows in one of its equal views only.",
     )
+    if run.planes is not None:
+        yield Plate(
+            "coverage",
+            "What was measured",
+            _picture(figures.coverage(run)),
+            "Fourier coverage of each class in three central planes",
+            "Central planes of Fourier space of each average, its centre in the middle, as far as detail was used: "
+            "from dark, measured by few particles, to yellow, measured by most. Red was measured by none of them, or "
+            "next to none: there the average is empty, and its density smeared along that direction. Red cones about "
+            "an axis are what the missing wedges have in common, as when all particles were seen from one side.",
+        )
     yield Plate(
         "shifts",
         "Shifts",
@@ -243,7 +298,7 @@ def _plates(run: RunSummary) -> Iterator[Plate]:
         "Where the time went",
         _picture(figures.step_seconds(run)),
         "seconds of each step of the program",
-        "All iterations together.",
+        "All iterations together, those of halves among them.",
     )
 
 

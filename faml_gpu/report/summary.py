@@ -6,19 +6,23 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.data import Poses
 from faml_gpu.errors import InputError
+from faml_gpu.geometry import beam_directions, rotation_angle
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import star_poses
+from faml_gpu.io.positions import box_frames
 from faml_gpu.io.star import read_particles_star
 from faml_gpu.run_reader import RunFiles, open_run
-from faml_gpu.uncertainty import evenness
+from faml_gpu.uncertainty import evenness, preferred_orientations, shifts_at_limit
 
 __all__ = ["RunSummary", "read_summary"]
 
@@ -40,9 +44,23 @@ EXPECTED_WITHIN = {
 }
 IN_RECORD = (
     "iteration", "log_likelihood", "sigma", "zeta", "class_sizes", "r_max", "resolution", "changed_class",
-    "pose_change", "near_identity", "coverage", "seconds",
+    "pose_change", "coverage", "seconds", "converged",
 )  # fmt: skip
-LOCKED = 0.3  # share of the orientations within 10 degrees of the identity; of random ones it is 0.0006
+LOCKED = 0.3  # share of the orientations within 10 degrees of the tomogram's own; of random ones it is 0.0006
+NEAR = 10.0  # degrees
+
+
+@dataclass(frozen=True)
+class HalfRun:
+    """What a half (1 or 2) of a class (from 1) went through: `history` has a record of each iteration."""
+
+    class_number: int
+    half: int
+    history: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"class {self.class_number}, half {self.half}"
 
 
 @dataclass(frozen=True)
@@ -54,10 +72,12 @@ class RunSummary:
     files : what was read
     maps : (K, N, N, N) float32, averages
     voxel_size : Angstrom
-    poses : rotations (n, 3, 3), shifts (n, 3) in voxels, classes (n,) from 0: the best of each particle
+    poses : rotations (n, 3, 3), shifts (n, 3) in voxels, classes (n,) from 0: the best of each particle, in its box
+    frames : (n, 3, 3), A_sub of each box, see `io.positions.box_frames`
     confidence : (n,) posterior of the best pose
     class_probability : (n, K), or None where an iteration is read: only the final result has it
     log_likelihood : (n,) contribution of each particle
+    planes : (K, 3, N, N) float32, what was measured of the averages, see `maximization.coverage_planes`; or None
     fsc : of each class (or of all, K = 1) that has halves: number of the class, and what postprocess_fsc.json holds
     """
 
@@ -65,9 +85,11 @@ class RunSummary:
     maps: NDArray[np.float32]
     voxel_size: float
     poses: Poses
+    frames: Float64
     confidence: Float64
     class_probability: Float64 | None
     log_likelihood: Float64
+    planes: NDArray[np.float32] | None
     fsc: list[tuple[int, dict[str, Any]]]
 
     @property
@@ -79,6 +101,19 @@ class RunSummary:
         """A record of each iteration up to the one that is read, see `data.IterationRecord`."""
         records: list[dict[str, Any]] = self.about["iterations"]
         return records if self.final else records[: self.iteration]
+
+    @property
+    def latest(self) -> bool:
+        """Whether it is all that there is by now: what the folder has of later times belongs to it."""
+        return self.final or (
+            self.about.get("status") != "finished" and self.iteration == len(self.about["iterations"])
+        )
+
+    @property
+    def halves(self) -> list[HalfRun]:
+        """The runs of the halves, as far as they belong to what is read; `history` is that of all particles before."""
+        parts = self.about.get("iterations_of_halves", []) if self.latest else []
+        return [HalfRun(part["class"], part["half"], part["iterations"]) for part in parts]
 
     @property
     def final(self) -> bool:
@@ -108,8 +143,11 @@ class RunSummary:
 
     @cached_property
     def directions(self) -> Float64:
-        """Where the beam comes from in the frame of the average, (n, 3), x, y, z: RELION's rot and tilt."""
-        return self.poses.rotations[:, 2, :]
+        """Where the beam comes from in the frame of the average, (n, 3), x, y, z.
+
+        RELION's rot and tilt of the pose in the tomogram, A_sub R; where boxes lie as it does, those of the pose.
+        """
+        return beam_directions(self.poses.rotations, self.frames)
 
     @cached_property
     def off_centre(self) -> Float64:
@@ -143,7 +181,7 @@ class RunSummary:
 
     def doubts(self) -> list[str]:
         """What to know before using the result: what the run warned of, and what its figures say."""
-        found = list(self.about.get("warnings", [])) if self.final else []
+        found = list(self.about.get("warnings", [])) if self.final else self._warnings()
         if not self.final and self.about.get("status") == "finished":
             found.append(f"This is iteration {self.iteration} of {len(self.about['iterations'])}, not the result.")
         elif self.about.get("status") != "finished":
@@ -157,11 +195,23 @@ class RunSummary:
                 f"one particles turned by {last['pose_change']:.1f}° (median), {100 * last['changed_class']:.0f} % "
                 f"changed class{self._rise()}. --resume with more --iterations goes on."
             )
+        unsettled = [part.name for part in self.halves if not part.history[-1]["converged"]]
+        if self.final and unsettled:
+            found.append(
+                f"These halves were ended by their {self.options['iterations']} iterations, before they stood still: "
+                f"{'; '.join(unsettled)}. --resume with more --iterations goes on."
+            )
         found += [
             f"{len(self.misfits)} of {len(self.classes)} particles fit nowhere: their likelihood lies more than "
             f"{MISFIT:g} deviations below that of the others. They are listed below."
         ] * bool(len(self.misfits))
         return found + self._class_doubts() + self._pose_doubts()
+
+    def _warnings(self) -> list[str]:
+        """What a run warns of only at its end, of an iteration: by the best poses, there by the whole posterior."""
+        views = [self.coverage_of_angles(k) for k in range(len(self.maps))]
+        found = preferred_orientations(views, self.history[-1]["coverage"], self.sizes.astype(np.float64))
+        return found + shifts_at_limit(self.poses.shifts, self.options["max_shift"], self.voxel_size)
 
     def _rise(self) -> str:
         if len(self.history) < 2 or self.history[-1]["r_max"] != self.history[-2]["r_max"]:
@@ -193,7 +243,8 @@ class RunSummary:
                 "--mask-radius."
             )
         start = self.about["start"]
-        near = self.history[-1]["near_identity"]
+        # In the tomogram, whose wedge they would be locked to: in boxes cut in turned frames the wedge is turned too.
+        near = float((rotation_angle(self.frames @ self.poses.rotations, np.eye(3)) < NEAR).mean())
         if near > LOCKED and not start["use_poses"] and start["reference"] is None:
             found.append(
                 f"{100 * near:.0f} % of the orientations lie within 10° of one another. Unless the particles do lie "
@@ -223,9 +274,11 @@ def read_summary(folder: str | os.PathLike[str], iteration: int | None = None) -
         maps=maps,
         voxel_size=voxel_size,
         poses=poses,
+        frames=box_frames(table),
         confidence=table.floats("rlnMaxValueProbDistribution"),
         class_probability=_class_probability(files, len(maps)),
         log_likelihood=table.floats("rlnLogLikeliContribution"),
+        planes=_read_planes(files, len(maps)),
         fsc=_read_fsc(files.folder, len(maps)) if files.stem == "run" else [],
     )
 
@@ -239,12 +292,27 @@ def _check_contents(about: dict[str, Any], path: Path) -> None:
     records = about.get("iterations")
     if records == []:
         raise InputError(f"{path.parent}: found no iteration in run.json, expected at least one")
-    for number, record in enumerate(records if isinstance(records, list) else [], 1):
-        found = record if isinstance(record, dict) else {}
-        missing += [f"iterations[{number}].{name}" for name in IN_RECORD if name not in found]
+    missing += _missing_of_records("iterations", records)
+    of_halves = about.get("iterations_of_halves", [])
+    if not isinstance(of_halves, list):
+        missing.append("iterations_of_halves")
+    for number, part in enumerate(of_halves if isinstance(of_halves, list) else [], 1):
+        place, found = f"iterations_of_halves[{number}]", part if isinstance(part, dict) else {}
+        missing += [f"{place}.{name}" for name in ("class", "half") if not isinstance(found.get(name), int)]
+        if not isinstance(found.get("iterations"), list) or not found["iterations"]:
+            missing.append(f"{place}.iterations")
+        missing += _missing_of_records(f"{place}.iterations", found.get("iterations"))
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise InputError(f"{path}: found nothing of {some}, expected what a run writes")
+
+
+def _missing_of_records(place: str, records: Any) -> list[str]:
+    missing = []
+    for number, record in enumerate(records if isinstance(records, list) else [], 1):
+        found = record if isinstance(record, dict) else {}
+        missing += [f"{place}[{number}].{name}" for name in IN_RECORD if name not in found]
+    return missing
 
 
 def _class_probability(files: RunFiles, n_classes: int) -> Float64 | None:
@@ -253,6 +321,20 @@ def _class_probability(files: RunFiles, n_classes: int) -> Float64 | None:
         return None
     table = read_particles_star(path)
     return np.stack([table.floats(f"famlClassProbability{k:03d}") for k in range(1, n_classes + 1)], axis=1)
+
+
+def _read_planes(files: RunFiles, n_classes: int) -> NDArray[np.float32] | None:
+    path = files.folder / f"{files.stem}_coverage.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            planes: NDArray[np.float32] = arrays["planes"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}), expected the Fourier coverage a run writes") from None
+    if planes.ndim != 4 or planes.shape[:2] != (n_classes, 3):
+        raise InputError(f"{path}: found an array of shape {planes.shape}, expected ({n_classes}, 3, N, N)")
+    return planes
 
 
 def _read_fsc(folder: Path, n_classes: int) -> list[tuple[int, dict[str, Any]]]:

@@ -67,6 +67,11 @@ def results(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def histories(folder: Path) -> list[list[dict[str, Any]]]:
+    """Of the halves, as run.json tells them."""
+    return [part["iterations"] for part in json.loads((folder / "run.json").read_text())["iterations_of_halves"]]
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +81,7 @@ def test_what_a_run_with_halves_leaves(n_classes: int, small_star: Path, tmp_pat
     command = ["average"] if n_classes == 1 else ["classify", "-k", "2"]
     printed = run(*command, small_star, "-o", out, *FLAGS)
     names = {path.name for path in out.iterdir() if not path.name.startswith("run_it")}
-    expected = {"run.json", "run.toml", "run_data.star", "run_class_posteriors.star"}
+    expected = {"run.json", "run.toml", "run_data.star", "run_class_posteriors.star", "run_coverage.npz"}
     expected |= {"report.html", "run.cxc", "run_classes.png"}
     expected |= {f"run_class{k:03d}_angdist.bild" for k in range(1, n_classes + 1)}
     for k in range(1, n_classes + 1):
@@ -93,6 +98,12 @@ def test_what_a_run_with_halves_leaves(n_classes: int, small_star: Path, tmp_pat
             kept = sorted(out.glob(f"run_it*_half{half}_class{k:03d}_checkpoint.*"))
             assert [path.name[:9] for path in kept] == ["run_it002"] * 2 + ["run_it003"] * 2
     assert names == expected
+    told = [(p["class"], p["half"]) for p in json.loads((out / "run.json").read_text())["iterations_of_halves"]]
+    assert told == [(k, half) for k in range(1, n_classes + 1) for half in (1, 2)]
+    assert histories(out) == [
+        json.loads(str(np.load(out / f"run_it003_half{half}_class{k:03d}_checkpoint.npz")["history"]))
+        for k, half in told
+    ]
     assert '<h2 id="fsc">' in (out / "report.html").read_text()
     assert "half 2  3/3  L " in printed
 
@@ -297,9 +308,10 @@ def test_resumed_equals_unbroken(
     order = [(p, i) for p in ("", *(f"class {k}, half {h}" for k in (1, 2) for h in (1, 2))) for i in (1, 2, 3)]
     assert seen == order[order.index((part, iteration)) + 1 :]
     assert results(out) == whole
+    assert [[r["iteration"] for r in history] for history in histories(out)] == [[1, 2, 3]] * 4
 
 
-@pytest.mark.parametrize("writes", [19, 20, 21, 23, 32, 50, 56, 58, 62, 66])
+@pytest.mark.parametrize("writes", [22, 23, 24, 26, 29, 38, 62, 70, 72, 77, 81, 90])
 def test_killed_at_any_file(
     writes: int, small_star: Path, tmp_path: Path, whole: dict[str, bytes], disk_full: Any
 ) -> None:
@@ -341,6 +353,7 @@ def test_more_iterations_begin_the_halves_again(small_star: Path, tmp_path: Path
         **{**OPTIONS, "iterations": 2},
     )
     assert seen == [("", 2), *((f"half {h}", i) for h in (1, 2) for i in (1, 2))]
+    assert [[r["iteration"] for r in history] for history in histories(out)] == [[1, 2]] * 2
 
 
 def test_halves_cannot_be_taken_up_or_dropped_on_the_way(small_star: Path, tmp_path: Path) -> None:

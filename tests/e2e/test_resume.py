@@ -202,7 +202,7 @@ def test_interrupted(
     assert results(out) == unbroken
 
 
-@pytest.mark.parametrize("writes", [0, 1, 5, 6, 7, 8, 13, 20])
+@pytest.mark.parametrize("writes", [0, 1, 5, 6, 7, 8, 9, 15, 23])
 def test_disk_full(
     writes: int,
     small_star: Path,

@@ -8,8 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import numpy as np
 import pytest
 import starfile
 
-from faml_gpu.data import Checkpoint, IterationRecord, Posterior, State
+from faml_gpu.data import Checkpoint, IterationRecord, Posterior, Result, State, best_poses
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import euler_to_matrix, random_rotations
 from faml_gpu.io.particles import ArrayParticles
-from faml_gpu.run_folder import OutputError, RunFolder, particle_columns, read_checkpoint, write_checkpoint
+from faml_gpu.run_folder import OutputError, RunFolder, _is_ours, particle_columns, read_checkpoint, write_checkpoint
 
 N, K, BOX, VOXEL = 5, 2, 10, 8.0
 
@@ -306,6 +308,65 @@ def test_run_json_is_strict_json(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
     assert [row["iteration"] for row in found["iterations"]] == [1, 2]
     assert found["iterations"][0]["map_correlation"] == [None, 0.5]
+
+
+def test_time_counts_over_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 5 seconds, killed; one of 7 that went on with it, of which the last write was after 6."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def about() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())
+        return found
+
+    with RunFolder(tmp_path) as folder:
+        folder.begin(facts())
+        clock[0] += 5
+        folder.write_iteration(checkpoint(1), source())
+        clock[0] += 100  # of these nothing is known
+    first = about()
+    assert (first["wall_seconds"], first["ended"]) == (5, None)
+    with RunFolder(tmp_path, resume=True) as folder:
+        clock[0] += 1
+        folder.begin(facts())
+        clock[0] += 5
+        folder.write_iteration(checkpoint(2), source())
+    second = about()
+    assert second["wall_seconds"] == 11
+    assert [session["seconds"] for session in second["sessions"]] == [5, 6]
+    assert second["started"] == first["started"] == second["sessions"][0]["started"]
+    for text in (second["started"], second["sessions"][1]["ended"]):
+        assert datetime.fromisoformat(text).utcoffset() == timedelta(0)
+    done = checkpoint(2)
+    with RunFolder(tmp_path, resume=True) as folder:
+        folder.begin(facts())
+        folder.write_final(Result(done.state.maps, best_poses(done.posterior), done.posterior, done.state,
+                                  done.history, None, {}, VOXEL), source())  # fmt: skip
+    last = about()
+    assert last["ended"] == last["sessions"][2]["ended"]
+    assert len(last["sessions"]) == 3
+    # What somebody wrote there is no reason to fail.
+    for odd in (3, [3], [{"started": 3, "seconds": 1}], [{"started": "", "seconds": "1"}], [{"started": ""}]):
+        (tmp_path / "run.json").write_text(json.dumps(last | {"sessions": odd}))
+        with RunFolder(tmp_path, resume=True) as folder:
+            folder.begin(facts())
+        assert len(about()["sessions"]) == 1
+
+
+def test_what_was_measured_goes_beside_the_maps(tmp_path: Path) -> None:
+    done = checkpoint(1)
+    done.state.seen = np.random.default_rng(0).random((K, 3, BOX, BOX), dtype=np.float32)
+    with RunFolder(tmp_path) as folder:
+        folder.begin(facts())
+        folder.write_iteration(done, source())
+        with np.load(tmp_path / "run_it001_coverage.npz") as found:
+            np.testing.assert_array_equal(found["planes"], done.state.seen)
+        same(read_checkpoint(tmp_path / "run_it001_checkpoint"), done)
+        # Where nothing is known, what was known of an earlier run of as many iterations goes.
+        folder.write_iteration(checkpoint(1), source())
+    assert not (tmp_path / "run_it001_coverage.npz").exists()
+    assert _is_ours("run_coverage.npz")
+    assert _is_ours("run_it012_coverage.npz")
 
 
 def test_model_star(tmp_path: Path) -> None:

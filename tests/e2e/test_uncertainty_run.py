@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import starfile
+from gemmi import cif
 
 import faml_gpu
+from faml_gpu import faml, pipeline
+from faml_gpu.data import Checkpoint, best_poses
+from faml_gpu.geometry import random_rotations
 from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.options import Options
+from faml_gpu.posteriors import one_hot
+from faml_gpu.run_folder import RunFolder
 from faml_gpu.simulate import groel, simulate_particles
+from faml_gpu.weights import missing_wedge
 
 
 def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
@@ -34,6 +43,29 @@ def test_side_table_of_a_run(tmp_path: Path, small_star: Path) -> None:
         overwrite=True,
     )  # fmt: skip
     assert "famlClassProbability002" not in starfile.read(out / "run_class_posteriors.star").columns
+
+
+def test_views_are_those_of_the_tomogram(tmp_path: Path) -> None:
+    """Boxes that were cut in turned frames: in the model file, and in what is warned of."""
+    n, rng = 60, np.random.default_rng(0)
+    boxes = rng.standard_normal((n, 16, 16, 16)).astype(np.float32)
+    particles = ArrayParticles(boxes, 24.0, missing_wedge(16, (-40, 40)))
+    turned = ArrayParticles(boxes, 24.0, missing_wedge(16, (-40, 40)))
+    turned.frames = random_rotations(n, rng)  # type: ignore[attr-defined]
+    upright = one_hot(np.zeros(n, np.int64), np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3)), 1, known=True)
+    options = Options(iterations=1, device="cpu", bandwidth=6, sampler="magnitude", folds=1)
+    result = faml.run(particles, options)
+    seen = [replace(result.history[0], coverage=[0.6])]
+    result = replace(result, posterior=upright, best=best_poses(upright), history=seen)
+    assert [text[:40] for text in pipeline._doubts(result, particles)] == ["class 1 has a preferred orientation: ang"]
+    assert pipeline._doubts(result, turned) == []
+    done = Checkpoint(result.state, upright, result.history)
+    for name, source, low, high in (("a", particles, 0, 1e-9), ("b", turned, 0.8, 1)):
+        with RunFolder(tmp_path / name) as folder:
+            folder.begin({"options": {}, "input": {}, "start": {}, "versions": {}})
+            folder.write_iteration(done, source)
+        model = cif.read_file(str(tmp_path / name / "run_it001_model.star")).find_block("model_classes")
+        assert low <= float(model.find_loop("_famlAngularCoverage")[0]) <= high
 
 
 def test_shifts_beyond_what_is_looked_at_are_told(tmp_path: Path) -> None:

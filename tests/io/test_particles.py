@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from faml_gpu.data import ParticleSource, Poses
+from faml_gpu.data import ParticleSource, Poses, frames_of
 from faml_gpu.errors import InputError
 from faml_gpu.fourier import shells_of_half
+from faml_gpu.halves import Subset
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import read_particles_star, write_particles_star
 from faml_gpu.weights import FLOOR, centred_from_half, missing_wedge
@@ -234,6 +235,55 @@ def test_poses_of_relion_3_0(project):
     assert read_particles_star(project / "new.star").floats("rlnOriginXAngst")[0] == 6.0
 
 
+def replaced_optics(project, names, values, columns=()):
+    """The project's STAR file with other columns in data_optics: `values` of group 1."""
+    text = star(columns=columns)
+    start, end = text.index("_rlnOpticsGroup\n"), text.index("data_particles")
+    tags = "".join(f"_rln{name}\n" for name in ["OpticsGroup", *names.split()])
+    (project / "in.star").write_text(f"{text[:start]}{tags}1 {values}\n\n{text[end:]}")
+    return open_particles(project / "in.star")
+
+
+PIXELS_OF = {
+    "optics": ("ImagePixelSize", "4.0", {}),
+    "optics before particles": ("ImagePixelSize", "4.0", {"rlnImagePixelSize": [9] * N, "rlnPixelSize": [9] * N}),
+    "particles": ("Voltage", "300", {"rlnImagePixelSize": [4] * N}),
+    "particles of 3.0": ("Voltage", "300", {"rlnPixelSize": [4] * N}),
+    "detector in optics": ("DetectorPixelSize Magnification", "8.0 20000", {}),
+    "detector in particles": ("Voltage", "300", {"rlnDetectorPixelSize": [8] * N, "rlnMagnification": [20000] * N}),
+    "one in each": ("DetectorPixelSize", "8.0", {"rlnMagnification": [20000] * N}),
+    "half of it, and the header": ("DetectorPixelSize", "8.0", {}),
+}
+
+
+@pytest.mark.parametrize("case", PIXELS_OF)
+def test_pixel_size_beside_an_optics_block(project, boxes, case):
+    """From wherever the table has it. Headers say 0 (nothing), but where nothing else does."""
+    for i, box in enumerate(boxes, 1):
+        save(project / f"sub/{i:04d}.mrc", box, 4.0 if "header" in case else 0)
+    assert replaced_optics(project, *PIXELS_OF[case]).voxel_size == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"rlnImagePixelSize": [4, 4, 4, 5, 4]},
+            r"pixel sizes differ: 4 A in .*\(particle 1\), 5 A in .*\(particle 4\)",
+        ),
+        ({"rlnImagePixelSize": [4, 4, 0, 4, 4]}, r"pixel size is 0 in .*\(particle 3\), expected more than 0 A"),
+        ({"rlnImagePixelSize": [4, "x", 4, 4, 4]}, r"\(particle 2\): rlnImagePixelSize is x, expected a number"),
+        (
+            {"rlnDetectorPixelSize": [8] * N, "rlnMagnification": [1, 1, 1, 0, 1]},
+            r"pixel size is inf in .*\(particle 4\)",
+        ),
+    ],
+)
+def test_bad_pixel_size_beside_an_optics_block(project, columns, message):
+    with pytest.raises(InputError, match=message):
+        replaced_optics(project, "Voltage", "300", columns)
+
+
 def test_progress_is_told(project):
     calls = []
     open_particles(project / "in.star", progress=lambda *call: calls.append(call))
@@ -326,7 +376,11 @@ BAD_STAR = {
         {},
         "pixel sizes differ: 4 A in optics group 1, 4.01 A in optics group 2",
     ),
-    "pixel size nonsense": (text(optics="1 a zero 12 3 0"), {}, "pixel size is nan in optics group 1"),
+    "pixel size nonsense": (
+        text(optics="1 a zero 12 3 0"),
+        {},
+        "rlnImagePixelSize is zero in optics group 1, expected a number",
+    ),
     "group absent": (text(rows=TWO_GROUPS), {}, r"line 16 \(particle 1\): rlnOpticsGroup 2 is not in data_optics"),
     "image size": (text(optics="1 a 4.0 64 3 0"), {}, "rlnImageSize is 64 in optics group 1, but the boxes have 12"),
     "two dimensions": (text(optics="1 a 4.0 12 2 0"), {}, "rlnImageDimensionality is 2 .*RELION 5: extract without"),
@@ -497,6 +551,23 @@ def test_turned_boxes_have_no_common_wedge(project):
     turned["rlnTomoSubtomogramTilt"][3] = 40
     path.write_text(star(columns=turned))
     assert len(open_particles(path)) == N  # each has its own weight
+
+
+def test_frames_of_boxes(project):
+    """A_sub of each particle, and of those of a sample; boxes that say nothing lie as their tomogram does."""
+    angles = np.array([[30, 50, -20], [0, 90, 0], [10, 0, -10], [0, 0, 0], [5, 6, 7]])
+    names = [f"rlnTomoSubtomogram{name}" for name in ("Rot", "Tilt", "Psi")]
+    (project / "in.star").write_text(star(columns=dict(zip(names, angles.T, strict=True))))
+    expected = Rotation.from_euler("ZYZ", angles, degrees=True).inv().as_matrix()
+    np.testing.assert_allclose(open_particles(project / "in.star").frames, expected, atol=1e-12)
+    np.testing.assert_allclose(open_particles(project / "in.star", sample=2).frames, expected[[0, 4]], atol=1e-12)
+    plain = open_particles(project / "sub", tilt_range=(-50, 70))
+    np.testing.assert_array_equal(plain.frames, [np.eye(3)] * N)
+    np.testing.assert_array_equal(frames_of(plain), plain.frames)
+    some = Subset(open_particles(project / "in.star"), np.array([4, 1]))
+    np.testing.assert_allclose(frames_of(some), expected[[4, 1]], atol=1e-12)
+    held = ArrayParticles(plain.read(np.arange(N)).boxes, VOXEL)
+    np.testing.assert_array_equal(frames_of(held), plain.frames)
 
 
 # --- arrays

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from faml_gpu.geometry import (
+    beam_directions,
     euler_to_matrix,
     matrix_to_euler,
     matrix_to_relion,
@@ -80,3 +83,47 @@ def test_random_euler_is_uniform_in_each_angle() -> None:
     """Mean of cos² beta is ½ when beta is uniform (1/3 under Haar)."""
     matrices = random_euler(20_000, np.random.default_rng(0))
     assert (matrices[:, 2, 2] ** 2).mean() == pytest.approx(0.5, abs=5 * 0.36 / np.sqrt(20_000))
+
+
+# rlnTomoSubtomogramRot/Tilt/Psi of the box, rlnAngleRot/Tilt/Psi in it, and where the particle sees the beam come from.
+# A_sub R takes that direction to z: the box of tilt 90 has the tomogram's z along its x, (st cp, st sp, ct) in general.
+BY_HAND = {
+    "box as the tomogram": ([0, 0, 0], [0, 0, 0], [0, 0, 1]),
+    "turned about the beam": ([25, 0, 0], [0, 0, 0], [0, 0, 1]),
+    "tilted box": ([0, 90, 0], [0, 0, 0], [1, 0, 0]),
+    "tilted towards y": ([90, 90, 0], [0, 0, 0], [0, 1, 0]),
+    "psi turns the tomogram": ([0, 90, 70], [0, 0, 0], [1, 0, 0]),
+    "pose in a box that is not turned": ([0, 0, 0], [90, 90, 0], [0, 1, 0]),
+    # Rot 90 takes the particle's y to the box's x, tilt 90 its x to the box's z, and -z to its x.
+    "pose about z of a tilted box": ([0, 90, 0], [90, 0, 0], [0, 1, 0]),
+    "pose tilted in a tilted box": ([0, 90, 0], [0, 90, 0], [0, 0, -1]),
+    "pose that undoes the box": ([0, 90, 0], [0, -90, 0], [0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_beam_directions_by_hand(case: str) -> None:
+    frame, pose, expected = BY_HAND[case]
+    found = beam_directions(relion_to_matrix([pose]), relion_to_matrix([frame]))
+    np.testing.assert_allclose(found, [expected], atol=1e-12)
+
+
+angles_of_any_size = st.tuples(*[st.floats(-360, 360, allow_subnormal=False)] * 3)
+
+
+@given(pose=angles_of_any_size, frame=angles_of_any_size, other=angles_of_any_size)
+def test_beam_directions_of_a_particle_cut_in_any_frame(
+    pose: tuple[float, ...], frame: tuple[float, ...], other: tuple[float, ...]
+) -> None:
+    """They belong to the particle in its tomogram: not to the frame its box was cut in."""
+    placed = Rotation.from_euler("ZYZ", [frame, pose], degrees=True).inv()
+    in_tomogram = placed[0] * placed[1]
+    (found,) = beam_directions(relion_to_matrix([pose]), relion_to_matrix([frame]))
+    np.testing.assert_allclose(in_tomogram.apply(found), [0, 0, 1], atol=1e-9)
+    again = Rotation.from_euler("ZYZ", other, degrees=True).inv()  # another box of the same particle
+    in_other = (again.inv() * in_tomogram).as_matrix()
+    np.testing.assert_allclose(beam_directions(in_other[None], again.as_matrix()[None]), [found], atol=1e-9)
+    # RELION's viewing direction of the composed pose.
+    rot, tilt, _ = np.deg2rad(matrix_to_relion(in_tomogram.as_matrix()))
+    expected = [np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)]
+    np.testing.assert_allclose(found, expected, atol=1e-9)

@@ -2,18 +2,23 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
-from faml_gpu import fourier, ops
+from faml_gpu import faml, fourier, ops
 from faml_gpu.expectation import BatchPosterior
+from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.maximization import (
     COVERAGE_FLOOR,
     Accumulators,
+    coverage_planes,
     covered,
     direct_average,
     noise_sums,
     rotate_back,
     update_average,
 )
+from faml_gpu.options import Options
+from faml_gpu.weights import centred_from_half, missing_wedge
 
 
 def random_posterior(toy, rng):
@@ -266,3 +271,41 @@ def test_accumulators_add_up(rng):
     for part, others in ((0, [1, 2, 3]), (1, [0, 3]), (2, [0, 1, 2])):
         for name in rows:
             np.testing.assert_allclose(getattr(total.without(part), name), added(name, others))
+
+
+@pytest.mark.parametrize("box", [12, 13])
+def test_planes_of_what_was_measured(box):
+    """One particle as it lies: its own wedge, of which the planes are known; and one class without particles."""
+    support = fourier.make_support(box, 4)
+    wedge = support.gather(missing_wedge(box, (-45, 45))).astype(float)
+    planes = coverage_planes(np.stack([3 * wedge, 0 * wedge]), np.array([3.0, 0.0]), support)
+    assert planes.shape == (2, 3, box, box)
+    row, column = np.indices((box, box)) - box // 2
+    radius = np.hypot(row, column)
+    inside = (radius > 0) & (radius <= 4)
+    np.testing.assert_array_equal(np.isfinite(planes), np.broadcast_to(inside, planes.shape))
+    assert (planes[1][:, inside] == 0).all()
+    xy, xz, yz = planes[0]
+    # Tilts to 45 degrees about y: |z| <= |x| was measured; of x = 0 only z = 0.
+    np.testing.assert_array_equal(xz[inside], (abs(row) <= abs(column))[inside])
+    np.testing.assert_array_equal(yz[inside], (row == 0)[inside])
+    assert (xy[inside] == 1).all()
+
+
+def test_planes_of_a_run(small_simulation):
+    """What a particle in the pose R measured at R xi belongs to xi of the average: summed by hand over all poses."""
+    data = small_simulation
+    result = faml.run(ArrayParticles(data.boxes, data.voxel_size, data.weight), Options(iterations=1, bandwidth=6))
+    found = result.state.seen[0]
+    posterior, box = result.posterior, len(data.boxes[0])
+    cube = centred_from_half(data.weight, box)
+    steps = np.indices((box, box)).reshape(2, -1)[::-1] - box // 2
+    axes = {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2)}
+    for plane, name in zip(found, axes, strict=True):
+        xi = np.zeros((3, box**2))
+        xi[list(axes[name])] = steps
+        known = np.isfinite(plane.ravel())
+        there = np.einsum("pij,jm->pim", posterior.rotations, xi[:, known]) + box // 2
+        read = [scipy.ndimage.map_coordinates(cube, x[::-1], order=1) for x in there]
+        expected = (np.array(read) * posterior.probability[:, None]).sum(axis=0) / posterior.probability.sum()
+        assert np.corrcoef(plane.ravel()[known], expected)[0, 1] > 0.9, name

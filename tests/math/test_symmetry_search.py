@@ -202,9 +202,11 @@ def test_averages_of_folds_move_with_the_whole(oracles):
     maps = np.stack([case.volume, np.zeros_like(case.volume)])  # the second class is empty
     state = State(1, maps, np.full(2, 0.5), np.ones(plan.n_shells), 1.0, apart=np.stack([maps, np.stack([turned] * 2)]))
     state.unseen = np.ones((2, 24, 24, 13), np.float32)
+    state.seen = np.ones((1, 3, 24, 24), np.float32)
     posterior = one_hot(np.array([0, 1]), np.tile(np.eye(3), (2, 1, 1)), np.zeros((2, 3)), 2, known=True)
     moved, after = onto_axes(plan, plan.band(state), state, posterior)
     assert moved.unseen is None
+    assert moved.seen is None
     np.testing.assert_allclose(moved.apart[0], moved.maps, atol=1e-5 * abs(moved.maps).max())
     np.testing.assert_array_equal(moved.maps[1], 0)
     np.testing.assert_array_equal(moved.apart[1, 1], turned)  # its class did not move
