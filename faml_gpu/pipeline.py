@@ -167,6 +167,7 @@ def classify(
                     },
                     "options": asdict(chosen),
                     "resolved": job.resolved,
+                    "warnings": list(job.data.warnings),
                 },
                 job.data.config(
                     chosen,
@@ -198,7 +199,7 @@ def classify(
             result = _halve(source, chosen, result, job.halves_lowpass, folder, on_iteration, progress)
         remarks = _doubts(result)
         if folder is not None:
-            _write_final(folder, result, source, remarks, recenter)
+            _write_final(folder, result, source, [*job.data.warnings, *remarks], recenter)
             _write_pictures(folder.path)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
@@ -446,6 +447,7 @@ class _Input:
     path: str
     reading: dict[str, Any]
     listed: int  # particles of the input; `source` may be a sample of them
+    warnings: tuple[str, ...] = ()  # that were told when it was opened
 
     @classmethod
     def open(
@@ -491,7 +493,7 @@ class _Input:
             "voxel_size": voxel_size,
             "boxes": None if boxes is None else os.path.abspath(boxes),
         }
-        return cls(source, os.path.abspath(particles), reading, source.listed)
+        return cls(source, os.path.abspath(particles), reading, source.listed, source.warnings)
 
     def files(self, reference: PathLike | NDArray[np.float32] | None) -> list[Path]:
         """All that is read."""

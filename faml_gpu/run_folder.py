@@ -166,7 +166,8 @@ class RunFolder:
         Parameters
         ----------
         facts : JSON-ready
-            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`.
+            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`; `warnings`
+            that the user was given so far.
         config : what run.toml holds, see `config.config_text`
 
         Returns
