@@ -31,7 +31,6 @@ from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
-from faml_gpu.report import write_report, write_views
 from faml_gpu.run_folder import RunFolder
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
@@ -342,7 +341,7 @@ def dry_run(
         initial_lowpass=initial_lowpass,
         recenter=recenter,
         progress=progress,
-        sample=max(LOOKED_INTO, 2 * n_classes),
+        sample=max(LOOKED_INTO, 4 * n_classes),
     )
     if folder is not None:
         folder.check(inputs=job.data.files(reference))
@@ -411,6 +410,9 @@ def _write_final(folder: RunFolder, result: Result, source: ParticleSource, rema
 def _write_pictures(folder: Path) -> None:
     """Report and views; the result is written by now and does not depend on them."""
     try:
+        # Here and not at the top: it takes a while, which a --dry-run need not wait for.
+        from faml_gpu.report import write_report, write_views
+
         write_report(folder)
         write_views(folder)
     except Exception as error:

@@ -55,6 +55,7 @@ WEDGE_SAMPLE = 8  # boxes whose power is compared with their weights, at least; 
 WEDGE_WEIGHTS = 256  # weights that are looked at: each costs about what checking its box did
 WEIGHT_CACHE = 256 << 20  # bytes of weights kept in memory
 READERS = 4
+HEADERS = 64  # that one of them reads at a time
 
 
 class FileParticles:
@@ -292,7 +293,7 @@ def open_particles(
     weight_paths = _existing(weight_names, folder, table, "rlnCtfImage") if weight_names is not None and table else []
     if headers is None:
         paths = _existing(names, folder, table, "rlnImageName")
-        headers = list(_in_threads(_read_header, paths, progress, "reading headers"))
+        headers = _read_headers(paths, progress)
     box = _common_box(headers)
     if table is not None:
         _check_image_size(table, box)
@@ -359,6 +360,23 @@ def _in_threads(
 
 def _read_header(path: Path) -> VolumeHeader:
     return read_em_header(path) if path.suffix.lower() == ".em" else read_header(path)
+
+
+def _read_headers(paths: Sequence[Path], progress: Progress | None) -> list[VolumeHeader]:
+    """Of each file once, many at a time: to hand one to a thread takes as long as to read it."""
+    files = list(dict.fromkeys(paths))
+    parts = [files[first : first + HEADERS] for first in range(0, len(files), HEADERS)]
+
+    def tell(step: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(step, min(len(files), HEADERS * done), len(files))
+
+    def read(part: Sequence[Path]) -> list[VolumeHeader]:
+        return [_read_header(path) for path in part]
+
+    of_parts = _in_threads(read, parts, tell, "reading headers")
+    found = dict(zip(files, (header for part in of_parts for header in part), strict=True))
+    return [found[path] for path in paths]
 
 
 def _all_seen(box: int) -> Float32:
