@@ -2,7 +2,8 @@
 
 Cases: groel (100 GroEL-like boxes against the truth), ribosome (share of poses found from a random start), insitu and
 starts (the 40 real ribosomes in ../shared/data, from a map and from random starts), timing (one iteration of 20 boxes),
-noise (boxes of two noise levels), classes (three structures in the proportions 70, 25 and 5 %).
+noise (boxes of two noise levels), classes (three structures in the proportions 70, 25 and 5 %), dryrun (what --dry-run
+foretells and what the run takes: dryrun --n 200 --snr 0.05 --iterations 6).
 One JSON line per run.
 """
 
@@ -12,6 +13,10 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +30,8 @@ from faml_gpu.data import Checkpoint, Groups, best_poses
 from faml_gpu.fsc import fsc, lowpass
 from faml_gpu.geometry import random_rotations
 from faml_gpu.io.mrc import read_mrc, write_mrc
-from faml_gpu.io.particles import ArrayParticles, open_particles
+from faml_gpu.io.particles import ArrayParticles, open_particles, star_poses
+from faml_gpu.io.star import read_particles_star
 from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
@@ -42,6 +48,7 @@ NOISE_RUNS: dict[str, dict[str, Any]] = {
     "both": {"noise_groups": "optics", "scale_correction": True, "normalize": False},
     "both-normalised": {"noise_groups": "optics", "scale_correction": True},
 }
+MAIN = "from faml_gpu.cli import main; main()"
 INSITU = Path(__file__).resolve().parents[2] / "shared" / "data" / "insitu70S"
 
 
@@ -62,12 +69,12 @@ def similarity(volume: np.ndarray, truth: np.ndarray, voxel_size: float, radius:
 
 def groel_case(args: argparse.Namespace) -> None:
     """100 GroEL-like boxes of 64^3, voxel 6 A, SNR 0.003, +-60 degrees, shifts +-3 voxels, 20 iterations."""
-    phantom = groel()
+    phantom, mask = groel(), args.mask or 100.0
     sim = simulate_particles([phantom], [args.n], box=64, voxel_size=6.0, snr=args.snr, max_shift=3.0, seed=args.seed)
     particles = ArrayParticles(sim.boxes, 6.0, weights=sim.weight)
     for name in args.runs or ("true", "default", "paper", "fa"):
         if name == "true":
-            options = Options(mask_radius=args.mask)
+            options = Options(mask_radius=mask)
             posterior = one_hot(np.zeros(args.n, np.int64), sim.rotations, sim.shifts, 1, known=True)
             maps, seconds, iterations = (
                 final_averages(Plan.make(particles, options), particles, posterior),
@@ -77,7 +84,7 @@ def groel_case(args: argparse.Namespace) -> None:
         else:
             preset, method = ("default", "fa") if name == "fa" else (name, "faml")
             options = Options(
-                mask_radius=args.mask, iterations=args.iterations, preset=preset, method=method, seed=args.seed,
+                mask_radius=mask, iterations=args.iterations, preset=preset, method=method, seed=args.seed,
                 threads=args.threads, resolution=args.resolution,
             )  # fmt: skip
             begin = time.perf_counter()
@@ -112,6 +119,9 @@ def ribosome_case(args: argparse.Namespace) -> None:
 def insitu_case(args: argparse.Namespace) -> None:
     """The 40 real ribosomes from their reference at 60 A: share of poses within 20 degrees of the given ones.
 
+    The command as a user types it, with --mask, --seed (not 0) and --iterations (not 20) if they are given; and whether
+    all that its input says is in its output.
+
     And the mean FSC with the reference over the shells from 60 to 36 A, beyond the start's low-pass, in the mask: of
     the average found, of those in the given poses (which made the reference: it holds their noise too) and in random
     ones, and of the start.
@@ -119,7 +129,7 @@ def insitu_case(args: argparse.Namespace) -> None:
     particles = open_particles(INSITU / "particles.star")
     given = open_particles(INSITU / "reference_poses.star", use_poses=True).poses
     reference, voxel_size = read_mrc(INSITU / "reference_relion_reconstruction.mrc")
-    mask = soft_sphere(particles.box, 150 / voxel_size, 3)
+    mask = soft_sphere(particles.box, 150 / voxel_size, 3)  # of the comparisons, whatever that of the run
     shells = particles.box * voxel_size / np.arange(1, particles.box // 2)
     beyond = 1 + np.flatnonzero((shells < 60) & (shells >= 35.9))
 
@@ -137,13 +147,47 @@ def insitu_case(args: argparse.Namespace) -> None:
         fsc_random=in_poses(anyhow, np.zeros((len(particles), 3))),
         fsc_start=agreement(lowpass(reference, 60, voxel_size)))  # fmt: skip
     for resolution in args.resolutions:
-        options = Options(
-            mask_radius=150, resolution=resolution, iterations=args.iterations, seed=args.seed, threads=args.threads
-        )
-        result = faml.run(particles, options, reference=reference, initial_lowpass=60)
-        angles, _ = metrics.pose_errors(result.best.rotations, result.best.shifts, given.rotations, given.shifts)
-        say(case="insitu", resolution=resolution, seed=args.seed, iterations=len(result.history),
-            within20=round(float((angles < 20).mean()), 3), fsc=agreement(result.maps[0]))  # fmt: skip
+        asked = {"mask-radius": args.mask, "resolution": resolution, "seed": args.seed or None, "threads": args.threads,
+                 "iterations": None if args.iterations == 20 else args.iterations}  # fmt: skip
+        words = [word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value))]
+        words = ["average", "particles.star", "--reference", "reference_relion_reconstruction.mrc",
+                 "--initial-lowpass", "60", *words]  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            _, seconds, _ = command(*words, "-o", folder, cwd=INSITU)
+            found = Path(folder) / "run_data.star"
+            poses = star_poses(read_particles_star(found), voxel_size)
+            average, _ = read_mrc(Path(folder) / "run_class001.mrc")
+            about = json.loads((Path(folder) / "run.json").read_text())
+            kept = columns_kept(INSITU / "particles.star", found)
+        angles, _ = metrics.pose_errors(poses.rotations, poses.shifts, given.rotations, given.shifts)
+        say(case="insitu", command=shlex.join(["faml-gpu", *words]), mask=about["resolved"]["mask_radius"],
+            iterations=len(about["iterations"]), within20=round(float((angles < 20).mean()), 3),
+            fsc=agreement(average), columns=kept, s=round(seconds))  # fmt: skip
+
+
+def columns_kept(given: Path, written: Path) -> str:
+    """Whether `starfile` finds all that came in in what was written: blocks, columns in their order, and values.
+
+    Values but those of the poses, which are new.
+    """
+    import starfile
+
+    before, after = (starfile.read(path, always_dict=True) for path in (given, written))
+    missing = []
+    for block, table in before.items():
+        if block not in after:
+            missing.append(f"block {block}")
+            continue
+        columns = list(after[block].columns)
+        missing += [f"{block}: {name}" for name in table.columns if name not in columns]
+        if [name for name in columns if name in table.columns] != list(table.columns):
+            missing.append(f"{block}: the order")
+        for name in table.columns:
+            new = name.startswith(("rlnAngle", "rlnOrigin"))
+            if name in columns and not new and not table[name].equals(after[block][name]):
+                missing.append(f"{block}: values of {name}")
+    count = sum(len(table.columns) for table in before.values())
+    return f"all {count} in the output" if not missing else "missing: " + ", ".join(missing)
 
 
 def starts_case(args: argparse.Namespace) -> None:
@@ -261,9 +305,71 @@ def classes_case(args: argparse.Namespace) -> None:
         iterations=len(result.history), s=round(time.perf_counter() - begin))  # fmt: skip
 
 
+def command(*words: str, cwd: Path | None = None) -> tuple[str, float, float]:
+    """What `faml-gpu` prints, the seconds it takes, and the most memory it has, GB."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen([sys.executable, "-c", MAIN, *words], stdout=told, cwd=cwd)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        if status:
+            raise SystemExit(f"faml-gpu {shlex.join(words)} ended with status {status}")
+        told.seek(0)
+        return told.read(), seconds, used.ru_maxrss / 2**20
+
+
+def dryrun_case(args: argparse.Namespace) -> None:
+    """Ribosomes of 32^3, voxel 12 A: a run of some iterations, foretold before and after it, and ten thousand rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        star, out = Path(folder) / "boxes" / "particles.star", Path(folder) / "out"
+        command("simulate", "ribosome", "-n", str(args.n), "-o", str(star.parent), "--box", "32", "--voxel-size", "12",
+                "--snr", str(args.snr), "--seed", str(args.seed))  # fmt: skip
+        options = {"mask_radius": 150.0, "iterations": args.iterations, "device": "cpu", "resolution": args.resolution}
+        options = {name: value for name, value in options.items() if value is not None}
+        words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+        def foretold() -> dict[str, Any]:
+            # As the command does, but with all digits.
+            asked = f"print(json.dumps(asdict(dry_run({str(star)!r}, 1, **{options!r}).forecast)))"
+            code = f"import json; from dataclasses import asdict; from faml_gpu.pipeline import dry_run; {asked}"
+            told = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+            found: dict[str, Any] = json.loads(told)
+            say(case="dryrun", what="forecast", n=args.n, first_s=round(found["first"], 1),
+                full_s=round(found["full"], 1), total_s=round(found["total"]), host_gb=round(found["host"] / 2**30, 3),
+                measured=found["measured"])  # fmt: skip
+            return found
+
+        before = foretold()
+        _, seconds, memory = command("average", str(star), "-o", str(out), *words)
+        records = json.loads((out / "run.json").read_text())["iterations"]
+        of_iteration = [sum(record["seconds"].values()) for record in records]
+        finest = max(record["r_max"] for record in records)
+        of_full = [s for s, record in zip(of_iteration, records, strict=True) if record["r_max"] == finest]
+        say(case="dryrun", what="run", n=args.n, first_s=round(of_iteration[0], 1), full_s=round(np.mean(of_full), 1),
+            total_s=round(seconds), host_gb=round(memory, 3), iterations=len(records),
+            each_s=[round(s, 1) for s in of_iteration])  # fmt: skip
+        after = foretold()
+        for name, real in (("first", of_iteration[0]), ("full", np.mean(of_full)), ("total", seconds)):
+            say(case="dryrun", what=f"forecast over run, {name}",
+                ratio=[round(found[name] / real, 2) for found in (before, after)])  # fmt: skip
+        say(case="dryrun", what="forecast over run, memory",
+            ratio=[round(found["host"] / 2**30 / memory, 2) for found in (before, after)])  # fmt: skip
+        head, _, rest = star.read_text().partition("particles/")
+        rows = f"particles/{rest}".split("\n")[: args.n]
+        many = star.with_name("many.star")
+        many.write_text(head + "\n".join(rows[i % len(rows)] for i in range(10_000)) + "\n")
+        for _ in range(2):
+            start = os.times()
+            _, seconds, _ = command("average", str(many), "-o", str(Path(folder) / "none"), "--dry-run", *words)
+            end = os.times()
+            cpu = end.children_user - start.children_user + end.children_system - start.children_system
+            say(case="dryrun", what="10,000 rows", s=round(seconds, 1), cpu_s=round(cpu, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=["groel", "ribosome", "insitu", "starts", "timing", "noise", "classes"])
+    names = ["groel", "ribosome", "insitu", "starts", "timing", "noise", "classes", "dryrun"]
+    parser.add_argument("case", choices=names)
     parser.add_argument(
         "--runs",
         nargs="+",
@@ -274,7 +380,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--mask", type=float, default=100.0, help="mask radius of groel, A")
+    parser.add_argument("--mask", type=float, help="mask radius, A: of groel (100 by default), and of insitu")
     parser.add_argument("--resolution", type=float)
     parser.add_argument(
         "--resolutions", nargs="+", type=float, default=[None], help="A; the finest there is by default"
@@ -287,7 +393,7 @@ def main() -> None:
     args = parser.parse_args()
     cases = {
         "groel": groel_case, "ribosome": ribosome_case, "insitu": insitu_case, "timing": timing_case,
-        "noise": noise_case, "classes": classes_case, "starts": starts_case,
+        "noise": noise_case, "classes": classes_case, "starts": starts_case, "dryrun": dryrun_case,
     }  # fmt: skip
     cases[args.case](args)
 

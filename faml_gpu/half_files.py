@@ -16,7 +16,6 @@ from faml_gpu.halves import GOLD_STANDARD, HalfMaps
 from faml_gpu.io.mrc import read_mrc, write_mrc
 from faml_gpu.masks import soft_sphere
 from faml_gpu.plan import SOFT_EDGE
-from faml_gpu.report.fsc import fsc_lines, write_fsc
 from faml_gpu.run_folder import writing
 
 __all__ = [
@@ -67,6 +66,8 @@ def write_halves(
     OutputError
         A file cannot be written.
     """
+    from faml_gpu.report.fsc import write_fsc  # with matplotlib, which not every command waits for
+
     folder = Path(folder)
     tail = f"class{class_number:03d}"
     maps = {
@@ -158,6 +159,8 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """For printing."""
+        from faml_gpu.report.fsc import fsc_lines
+
         return fsc_lines(self.curves, self.voxel_size)
 
 
@@ -224,6 +227,8 @@ def write_comparison(comparison: Comparison, folder: PathLike) -> list[Path]:
     OutputError
         The folder cannot be made, or a file cannot be written.
     """
+    from faml_gpu.report.fsc import write_fsc
+
     folder = Path(folder)
     maps = {"postprocess.mrc": comparison.final}
     if comparison.masked is not None:

@@ -31,7 +31,6 @@ from faml_gpu.io.star import StarTable
 from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
-from faml_gpu.report import write_report, write_views
 from faml_gpu.run_folder import RunFolder
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
 
@@ -172,6 +171,7 @@ def classify(
                     "fsc_mask": None if job.fsc_mask is None else hashlib.sha256(job.fsc_mask.tobytes()).hexdigest(),
                     "options": asdict(chosen),
                     "resolved": job.resolved,
+                    "warnings": list(job.data.warnings),
                 },
                 job.data.config(
                     chosen,
@@ -204,7 +204,7 @@ def classify(
             result = _halve(job, result, folder, on_iteration, progress)
         remarks = _doubts(result, source)
         if folder is not None:
-            _write_final(folder, result, source, remarks, recenter, _named(fsc_mask))
+            _write_final(folder, result, source, [*job.data.warnings, *remarks], recenter, _named(fsc_mask))
             _write_pictures(folder.path)
     for text in remarks:
         warnings.warn(text, stacklevel=2)
@@ -365,7 +365,7 @@ def dry_run(
         fsc_mask=fsc_mask,
         recenter=recenter,
         progress=progress,
-        sample=max(LOOKED_INTO, 2 * n_classes),
+        sample=max(LOOKED_INTO, 4 * n_classes),
     )
     if folder is not None:
         folder.check(inputs=job.data.files(reference, fsc_mask))
@@ -441,6 +441,9 @@ def _write_final(
 def _write_pictures(folder: Path) -> None:
     """Report and views; the result is written by now and does not depend on them."""
     try:
+        # Here and not at the top: it takes a while, which a --dry-run need not wait for.
+        from faml_gpu.report import write_report, write_views
+
         write_report(folder)
         write_views(folder)
     except Exception as error:
@@ -477,6 +480,7 @@ class _Input:
     path: str
     reading: dict[str, Any]
     listed: int  # particles of the input; `source` may be a sample of them
+    warnings: tuple[str, ...] = ()  # that were told when it was opened
 
     @classmethod
     def open(
@@ -522,7 +526,7 @@ class _Input:
             "voxel_size": voxel_size,
             "boxes": None if boxes is None else os.path.abspath(boxes),
         }
-        return cls(source, os.path.abspath(particles), reading, source.listed)
+        return cls(source, os.path.abspath(particles), reading, source.listed, source.warnings)
 
     def files(self, *maps: PathLike | NDArray[np.float32] | None) -> list[Path]:
         """All that is read: the particles', and those of `maps` that are files."""

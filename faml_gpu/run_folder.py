@@ -185,8 +185,9 @@ class RunFolder:
         Parameters
         ----------
         facts : JSON-ready
-            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`. When it began
-            and ended, and the wall seconds, counted from when this object was made, are added.
+            At least `options` (those of `Options`), `input` with `fingerprint`, `start`, and `versions`; `warnings`
+            that the user was given so far. When it began and ended, and the wall seconds, counted from when this object
+            was made, are added.
         config : what run.toml holds, see `config.config_text`
 
         Returns

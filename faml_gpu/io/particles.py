@@ -35,6 +35,7 @@ from faml_gpu.weights import (
     missing_wedge,
     read_layout,
     shell_means,
+    tapered,
     wedge_consistency,
     wedge_warning,
 )
@@ -54,9 +55,11 @@ OPTICS_TOLERANCE = 0.001  # relative, between optics groups
 # RELION scales the detector's).
 PIXEL_SIZES = (("rlnImagePixelSize",), ("rlnPixelSize",), ("rlnDetectorPixelSize", "rlnMagnification"))
 NAMED = 3  # examples given where many files are at fault
-WEDGE_SAMPLE = 8  # boxes whose power is compared with their wedge
+WEDGE_SAMPLE = 8  # boxes whose power is compared with their weights, at least; one for each weight
+WEDGE_WEIGHTS = 256  # weights that are looked at: each costs about what checking its box did
 WEIGHT_CACHE = 256 << 20  # bytes of weights kept in memory
 READERS = 4
+HEADERS = 64  # that one of them reads at a time
 
 
 class FileParticles:
@@ -72,7 +75,7 @@ class FileParticles:
     frames : (n, 3, 3) float64, A_sub of each box, see `io.positions.box_frames`; the identity without a STAR file
     groups : by optics group and by tomogram, as far as the STAR file tells
     weight_ids, weight_index : names of the distinct weights, and which of them each particle has
-    warnings : what the user should be told (wedge and data do not fit), usually empty
+    warnings : what the user should be told (weights and boxes do not fit), usually empty
     listed : how many particles the input has: more than there are here, if only a sample was opened
     """
 
@@ -297,7 +300,7 @@ def open_particles(
     weight_paths = _existing(weight_names, folder, table, "rlnCtfImage") if weight_names is not None and table else []
     if headers is None:
         paths = _existing(names, folder, table, "rlnImageName")
-        headers = list(_in_threads(_read_header, paths, progress, "reading headers"))
+        headers = _read_headers(paths, progress)
     box = _common_box(headers)
     if table is not None:
         _check_image_size(table, box)
@@ -313,11 +316,13 @@ def open_particles(
     means: Float64 | None = None
     if weight_names is not None:
         mine = [weight_paths[i] for i in rows]
-        weights, ids, index, means = _distinct_weights(mine, box, progress, premultiplied=premultiplied)
+        files, ids, index, means = _distinct_weights(mine, box, progress, premultiplied=premultiplied)
+        weights, weight_labels = list(files), [str(header.path) for header in files]
     else:
         stated = [(tilt_axis, *tilt_range)] * listed if tilt_range is not None else dynamo.tilting() if dynamo else []
         series = list(dict.fromkeys(stated[i] for i in rows))
         weights = [missing_wedge(box, (low, high), axis) if axis else _all_seen(box) for axis, low, high in series]
+        weight_labels = [f"tilt range {low:g} {high:g} about {axis or 'none'}" for axis, low, high in series]
         ids = [_content_id(np.asarray(weight)) for weight in weights]
         index = np.array([series.index(stated[i]) for i in rows], dtype=np.int64)
     if sample is not None:
@@ -344,7 +349,7 @@ def open_particles(
     )
     result.listed = listed
     _check_boxes(headers, rows, progress)
-    result.warnings = _wedge_warnings(result)
+    result.warnings = _wedge_warnings(result, weight_labels, progress)
     return result
 
 
@@ -365,6 +370,23 @@ def _in_threads(
 
 def _read_header(path: Path) -> VolumeHeader:
     return read_em_header(path) if path.suffix.lower() == ".em" else read_header(path)
+
+
+def _read_headers(paths: Sequence[Path], progress: Progress | None) -> list[VolumeHeader]:
+    """Of each file once, many at a time: to hand one to a thread takes as long as to read it."""
+    files = list(dict.fromkeys(paths))
+    parts = [files[first : first + HEADERS] for first in range(0, len(files), HEADERS)]
+
+    def tell(step: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(step, min(len(files), HEADERS * done), len(files))
+
+    def read(part: Sequence[Path]) -> list[VolumeHeader]:
+        return [_read_header(path) for path in part]
+
+    of_parts = _in_threads(read, parts, tell, "reading headers")
+    found = dict(zip(files, (header for part in of_parts for header in part), strict=True))
+    return [found[path] for path in paths]
 
 
 def _all_seen(box: int) -> Float32:
@@ -398,7 +420,7 @@ def _load_weight(header: VolumeHeader, box: int, *, premultiplied: bool) -> Floa
 
 def _distinct_weights(
     paths: Sequence[Path], box: int, progress: Progress | None, *, premultiplied: bool
-) -> tuple[list[VolumeHeader | Float32], list[str], Int64, Float64 | None]:
+) -> tuple[list[VolumeHeader], list[str], Int64, Float64 | None]:
     """One file for each distinct content, its name, which of them each particle has, and means of premultiplied ones.
 
     The means are those over the shells of all distinct weights.
@@ -414,7 +436,7 @@ def _distinct_weights(
     ids = [name for name, _ in contents]
     distinct = {name: row for row, name in enumerate(dict.fromkeys(ids))}
     of_file = {file: distinct[name] for file, name in zip(files, ids, strict=True)}
-    first: list[VolumeHeader | Float32] = [headers[ids.index(name)] for name in distinct]
+    first = [headers[ids.index(name)] for name in distinct]
     curves = [curve for curve in dict(contents).values() if curve is not None]
     means = np.mean(curves, axis=0) if premultiplied else None
     return first, list(distinct), np.array([of_file[path] for path in paths], dtype=np.int64), means
@@ -681,11 +703,26 @@ def _check_boxes(headers: Sequence[VolumeHeader], rows: Int64, progress: Progres
     _refuse(faults, len(headers), "boxes", "finite values that vary")
 
 
-def _wedge_warnings(particles: FileParticles) -> tuple[str, ...]:
-    """Compare a handful of boxes, spread over the input, with their weights."""
-    chosen = np.unique(np.linspace(0, len(particles) - 1, WEDGE_SAMPLE).astype(np.int64))
-    batch = particles.read(chosen)
-    spectrum: NDArray[Any] = scipy.fft.rfftn(batch.boxes, axes=(1, 2, 3))
-    power = spectrum.real**2 + spectrum.imag**2
-    warning = wedge_warning(wedge_consistency(power, batch.weights[batch.weight_index]))
-    return (f"{len(chosen)} boxes: {warning}",) if warning else ()
+def _wedge_warnings(particles: FileParticles, names: Sequence[str], progress: Progress | None) -> tuple[str, ...]:
+    """Compare each distinct weight (called `names`) with a few of its boxes.
+
+    Of very many weights, a sample spread over the input.
+    """
+    n_weights = len(particles.weight_ids)
+    chosen = np.unique(np.linspace(0, n_weights - 1, WEDGE_WEIGHTS).astype(np.int64))
+    each = -(-WEDGE_SAMPLE // len(chosen))
+
+    def compare(which: int) -> str | None:
+        members = np.flatnonzero(particles.weight_index == which)
+        batch = particles.read(members[np.unique(np.linspace(0, len(members) - 1, each).astype(np.int64))])
+        spectrum: NDArray[Any] = scipy.fft.rfftn(tapered(batch.boxes), axes=(1, 2, 3))
+        text = wedge_warning(wedge_consistency(spectrum.real**2 + spectrum.imag**2, batch.weights[0]))
+        count = f"{len(spectrum)} boxes" if len(spectrum) > 1 else "1 box"
+        return f"{names[which]} ({count}): {text}" if text else None
+
+    found = [text for text in _in_threads(compare, chosen.tolist(), progress, "checking wedges") if text]
+    if not found:
+        return ()
+    of_all = f"{len(chosen)} looked at" if len(chosen) < n_weights else f"{n_weights}"
+    told = "; ".join(found[:NAMED]) + ("; ..." if len(found) > NAMED else "")
+    return (f"weights and boxes do not fit, {len(found)} of {of_all}: {told}",)

@@ -181,7 +181,11 @@ class RunSummary:
 
     def doubts(self) -> list[str]:
         """What to know before using the result: what the run warned of, and what its figures say."""
-        found = list(self.about.get("warnings", [])) if self.final else self._warnings()
+        # Of a run that goes on the warnings are of its input; those of one that ended, of its result too.
+        told = self.final or self.about.get("status") != "finished"
+        found = list(self.about.get("warnings", [])) if told else []
+        if not self.final:
+            found += self._warnings()
         if not self.final and self.about.get("status") == "finished":
             found.append(f"This is iteration {self.iteration} of {len(self.about['iterations'])}, not the result.")
         elif self.about.get("status") != "finished":

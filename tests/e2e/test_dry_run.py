@@ -1,8 +1,13 @@
 """`--dry-run`: checks what a run would, writes nothing, and reckons time and memory from a few particles."""
 
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mrcfile
 import numpy as np
@@ -13,7 +18,7 @@ from faml_gpu import dry_run, pipeline
 from faml_gpu.cli import app
 from faml_gpu.errors import InputError
 from faml_gpu.halves import stated_halves
-from faml_gpu.io.mrc import write_mrc
+from faml_gpu.io.mrc import read_header, write_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import read_particles_star
 from faml_gpu.options import Options
@@ -115,43 +120,103 @@ def test_all_headers_are_read(many: Path) -> None:
         pipeline.dry_run(many, 1, tilt_range=(-60, 60))
 
 
+@dataclass(frozen=True)
+class Theta:
+    """What a run starts with: which particles its averages are of."""
+
+    made_of: tuple[int, ...]
+    iteration: int = 0
+
+
 def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation) -> None:
     """Steps done once count once for each fold, the others for each particle; between bands a power of the band."""
-    n, options = 1000, Options(n_classes=2, iterations=5, mask_radius=120.0, device="cpu")
-    particles = ArrayParticles(small_simulation.boxes, 24.0, small_simulation.weight)
-    counts = []
+    n, options = 1000, Options(n_classes=2, iterations=5, mask_radius=120.0, device="cpu", threads=1)
+    particles = ArrayParticles(np.tile(small_simulation.boxes, (5, 1, 1, 1)), 24.0, small_simulation.weight)
+    calls: list[tuple[int, int, int]] = []
+    clock = [0.0]
+
+    def begin(plan: Plan, chosen, reference, use_poses):
+        clock[0] += 0.02 * len(chosen)
+        return SimpleNamespace(state=Theta(tuple(chosen.indices)))
 
     def iterate(plan: Plan, chosen, checkpoint):
-        counts.append(len(chosen))
+        assert not {*chosen.indices} & {*checkpoint.state.made_of}  # compared with averages of others
         assert plan.options.choices.folds == 1
+        calls.append((len(chosen), plan.r_max(1), checkpoint.state.iteration))
+        slow = 50 if len(calls) == 3 else 1  # something else was going on: the median leaves it out
         seconds = {"references": 0.1, "maximization": 0.2, "read": 0.01 * len(chosen), "rotate back": 0.0}
-        seconds["pose integral"] = 0.04 * len(chosen) * (plan.r_max(1) / 7) ** 3
+        seconds["pose integral"] = slow * 0.04 * len(chosen) * (plan.r_max(1) / 7) ** 3
+        clock[0] += sum(seconds.values())
         return SimpleNamespace(history=[SimpleNamespace(seconds=seconds)])
 
-    monkeypatch.setattr(dry_run.faml, "begin", lambda *a: None)
+    def found(options: Options, n: int = n) -> dry_run.Forecast:
+        calls.clear()
+        return dry_run.forecast(particles, options, n, device="cpu")
+
+    monkeypatch.setattr(dry_run.faml, "begin", begin)
     monkeypatch.setattr(dry_run.faml, "iterate", iterate)
-    found = dry_run.forecast(particles, options, n, device="cpu")
+    monkeypatch.setattr(dry_run, "final_averages", lambda *a: None)
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock[0])
+    one = found(options)
     plan = Plan.make(particles, options)
     assert (plan.r_start, plan.r_final) == (5, 7)
-    assert found.measured == 6
-    assert counts[-4:] == [6] * 4
-    assert found.batch == 32
-    assert found.full == pytest.approx(0.3 * 10 + 0.05 * n)
-    assert found.first == pytest.approx(0.3 * 10 + (0.01 + 0.04 * (5 / 7) ** 3) * n)
-    power = np.log(found.full / found.first) / np.log(7 / 5)
+    at_full, at_coarse = ([call for call in calls if call[1] == r] for r in (7, 5))
+    assert calls == at_full + at_coarse
+    assert {iteration for _, _, iteration in at_full} == {19}  # as at the end of a run: symmetry and all
+    assert {iteration for _, _, iteration in at_coarse} == {0}
+    assert [count for count, _, _ in at_full] == [2, 2, 6, 6]  # some 0.3 s at a time, for a second, three at least
+    assert (one.measured, one.batch) == (15, 32)  # all but the fifteen that averages are made of
+    assert one.full == pytest.approx(0.3 * 10 + 0.05 * n)
+    assert one.first == pytest.approx(0.3 * 10 + (0.01 + 0.04 * (5 / 7) ** 3) * n)
+    power = np.log(one.full / one.first) / np.log(7 / 5)
     bands = [5, 6, 7, 7, 7]
     assert [plan.r_max(i) for i in range(1, 6)] == bands
-    assert found.total == pytest.approx(sum(found.first * (r / 5) ** power for r in bands) + 0.01 * n)
+    # The start, the iterations, and averages in the end.
+    assert one.total == pytest.approx(0.02 * n + sum(one.first * (r / 5) ** power for r in bands) + 0.01 * n)
     # By evidence nobody knows; at the most three shells an iteration.
-    evidence = Options(n_classes=2, iterations=5, mask_radius=120.0, band="evidence")
-    found_by = dry_run.forecast(particles, evidence, n, device="cpu")
-    assert found_by.total == pytest.approx(sum(found.first * (r / 5) ** power for r in (5, 7, 7, 7, 7)) + 0.01 * n)
-    alone = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, folds=1), n, device="cpu")
+    by_evidence = found(replace(options, band="evidence"))
+    bands_of = (5, 7, 7, 7, 7)
+    assert by_evidence.total == pytest.approx(0.02 * n + sum(one.first * (r / 5) ** power for r in bands_of) + 0.01 * n)
+    alone = found(replace(options, folds=1))
     assert alone.full == pytest.approx(0.3 + 0.05 * n)
-    assert alone.host < found.host
-    starts = Options(n_classes=2, iterations=5, mask_radius=120.0, starts=4)
-    more = dry_run.forecast(particles, starts, n, device="cpu").total - found.total
-    assert more == pytest.approx(3 * found.first)  # each its first iteration, a quarter of five
-    halves = dry_run.forecast(particles, Options(n_classes=2, iterations=5, mask_radius=120.0, halves=True), n, device="cpu")  # fmt: skip  # noqa: E501
-    assert halves.total == pytest.approx(2 * found.total)
-    assert dry_run.forecast(particles, options, 55, device="cpu").batch == 5  # of a fold
+    assert alone.host < one.host
+    assert found(replace(options, starts=4)).total - one.total == pytest.approx(
+        3 * (0.02 * n + one.first)  # each its first iteration, a quarter of five
+    )
+    assert found(replace(options, halves=True)).total == pytest.approx(2 * one.total)
+    assert found(options, 55).batch == 5  # of a fold
+    monkeypatch.setattr(dry_run, "cpu_threads", lambda n: nullcontext(4))
+    found(options)
+    assert {count % 4 for count, _, _ in calls} == {0}  # each thread has its share
+    found(options, 25)
+    assert {count for count, _, _ in calls} == {2}  # as in the run, whose folds have no more
+
+
+def test_one_particle_is_enough(small_simulation) -> None:
+    """There is none to compare it with but itself."""
+    particles = ArrayParticles(small_simulation.boxes[:1], 24.0, small_simulation.weight)
+    options = Options(mask_radius=120.0, device="cpu", bandwidth=6, candidates=4)
+    found = dry_run.forecast(particles, options, 1, device="cpu")
+    assert found.measured == 1
+    assert 0 < found.first < found.total
+
+
+def test_nothing_is_waited_for_that_is_not_needed() -> None:
+    """Matplotlib takes half a second of ten."""
+    code = "import sys, faml_gpu.pipeline, faml_gpu.dry_run; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_file_is_read_once(small_star: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows name it."""
+    table = small_star.read_text()
+    rows = [line for line in table.splitlines() if ".mrc" in line]
+    small_star.write_text(table.rstrip("\n") + "\n" + "\n".join(rows * 30) + "\n")
+    read = Mock(side_effect=read_header)
+    monkeypatch.setattr("faml_gpu.io.particles.read_header", read)
+    told = []
+    some = open_particles(small_star, tilt_range=(-60, 60), sample=3, progress=lambda *call: told.append(call))
+    assert some.listed == 186
+    assert read.call_count == 6
+    assert ("reading headers", 6, 6) in told

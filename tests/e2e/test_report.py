@@ -272,7 +272,7 @@ def test_report_into_a_folder(where: str, finished: Path, tmp_path: Path, monkey
 def test_a_report_that_cannot_be_made_does_not_lose_the_result(
     small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("faml_gpu.pipeline.write_report", Mock(side_effect=RuntimeError("no fonts")))
+    monkeypatch.setattr("faml_gpu.report.write_report", Mock(side_effect=RuntimeError("no fonts")))
     options = {"tilt_range": (-60, 60), "iterations": 1, "mask_radius": 120, "bandwidth": 6, "candidates": 4}
     with pytest.warns(UserWarning, match="no report or views were made.*no fonts.*faml-gpu report"):
         result = faml_gpu.average(small_star, tmp_path / "out", **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +233,60 @@ def test_disk_full(
         again = CliRunner().invoke(app, [*arguments, "--resume"])
         assert again.exit_code == 0, again.output
         assert results(out) == unbroken
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[[str, str], list[str]]:
+    """What runs a shell command with a file system of SIZE bytes of its own in tmp_path/disk, seen by it alone."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def inside(size: str, command: str) -> list[str]:
+        mounted = f"mount -t tmpfs -o size={size} none {shlex.quote(str(place))}"
+        return ["unshare", "--map-root-user", "--mount", "sh", "-c", f"{mounted} && {{ {command}; }}"]
+
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare: no small disk can be made")
+    tried = subprocess.run(inside("64k", "true"), capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no small disk can be made: {tried.stderr.strip()}")
+    return inside
+
+
+# Full in the second iteration's checkpoint, and where the first has none yet.
+@pytest.mark.parametrize(("size", "goes_on"), [("600k", True), ("120k", False)])
+def test_a_disk_that_is_full(
+    size: str,
+    goes_on: bool,
+    small_star: Path,
+    tmp_path: Path,
+    unbroken: dict[str, bytes],
+    small_disk: Callable[[str, str], list[str]],
+) -> None:
+    """A real one, where any write of a file may fail; the run goes on elsewhere, where there is room."""
+    arguments = ["classify", str(small_star), "-k", "2", *FLAGS]
+    run = shlex.join([*MAIN, *arguments, "-o", "disk/out"])
+    script = f"{run} > told 2> error; echo $? > status; cp -a disk/out copy"
+    done = subprocess.run(small_disk(size, script), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told, copy = (tmp_path / "error").read_text(), tmp_path / "copy"
+    assert (tmp_path / "status").read_text().strip() == "2", told
+    assert "Traceback" not in told
+    first = told.splitlines()[0]
+    assert first.startswith("error: cannot write disk/out/run_it0"), told
+    assert "the disk is full. What was written before is kept." in first
+    assert ("go on with: faml-gpu classify" in told) == goes_on
+    # Nothing half written, no lock, and what is there is what it should be.
+    assert not list(copy.glob(".*"))
+    for name, content in results(copy).items():
+        if "checkpoint" not in name:  # of an earlier iteration than those the unbroken run has kept
+            assert content == unbroken[name], name
+    checkpoints = sorted(copy.glob("*_checkpoint.json"))
+    assert bool(checkpoints) == goes_on
+    for path in checkpoints:
+        read_checkpoint(path.with_suffix(""))
+    assert json.loads((copy / "run.json").read_text())["status"] == "running"
+    if goes_on:
+        again = CliRunner().invoke(app, [*arguments, "-o", str(copy), "--resume"])
+        assert again.exit_code == 0, again.output
+        assert results(copy) == unbroken

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from faml_gpu.geometry import random_rotations
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
 from faml_gpu.posteriors import one_hot
+from faml_gpu.report.summary import read_summary
 from faml_gpu.run_folder import RunFolder
 from faml_gpu.simulate import groel, simulate_particles
 from faml_gpu.weights import missing_wedge
@@ -66,6 +69,32 @@ def test_views_are_those_of_the_tomogram(tmp_path: Path) -> None:
             folder.write_iteration(done, source)
         model = cif.read_file(str(tmp_path / name / "run_it001_model.star")).find_block("model_classes")
         assert low <= float(model.find_loop("_famlAngularCoverage")[0]) <= high
+
+
+def test_a_wedge_that_does_not_fit_is_told_to_the_end(tmp_path: Path, small_star: Path) -> None:
+    """At once, in run.json from the start, and in the report: of a run that was stopped, too."""
+    out = tmp_path / "out"
+
+    class StopError(Exception):
+        pass
+
+    def stop(_: object) -> None:
+        raise StopError
+
+    arguments = {"tilt_range": (-60, 60), "tilt_axis": "x", "iterations": 2, "device": "cpu", "bandwidth": 6}
+    with pytest.warns(UserWarning, match="weights and boxes do not fit") as told, pytest.raises(StopError):
+        faml_gpu.average(small_star, out, on_iteration=stop, **arguments)
+    (text,) = [str(w.message) for w in told]
+    assert "tilt range -60 60 about x (6 boxes)" in text
+    assert "the tilt axis seems to be the other one" in text
+    assert json.loads((out / "run.json").read_text())["warnings"] == [text]
+    assert text in read_summary(out).doubts()
+    with pytest.warns(UserWarning, match="weights and boxes do not fit") as told:
+        faml_gpu.average(small_star, out, resume=True, **arguments)
+    assert [str(w.message) for w in told].count(text) == 1
+    assert json.loads((out / "run.json").read_text())["warnings"][0] == text
+    assert text in read_summary(out).doubts()
+    assert text in re.sub(r"</?code>", "", unescape((out / "report.html").read_text()))
 
 
 def test_shifts_beyond_what_is_looked_at_are_told(tmp_path: Path) -> None:

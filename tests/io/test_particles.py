@@ -15,6 +15,7 @@ from faml_gpu.data import ParticleSource, Poses, frames_of
 from faml_gpu.errors import InputError
 from faml_gpu.fourier import shells_of_half
 from faml_gpu.halves import Subset
+from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.io.star import read_particles_star, write_particles_star
 from faml_gpu.weights import FLOOR, centred_from_half, missing_wedge
@@ -287,8 +288,9 @@ def test_bad_pixel_size_beside_an_optics_block(project, columns, message):
 def test_progress_is_told(project):
     calls = []
     open_particles(project / "in.star", progress=lambda *call: calls.append(call))
-    assert calls[-1] == ("checking boxes", N, N)
-    assert {step for step, _, _ in calls} == {"reading headers", "checking weights", "checking boxes"}
+    assert calls.index(("checking boxes", N, N)) < calls.index(("checking wedges", 1, 2))
+    steps = {step for step, _, _ in calls}
+    assert steps == {"reading headers", "checking weights", "checking boxes", "checking wedges"}
 
 
 def test_voxel_size_of_1_counts_as_unset(project, boxes):
@@ -303,6 +305,47 @@ def test_mirrored_tilt_range_is_warned_of(project):
     assert len(particles.warnings) == 1
     assert "mirrored" in particles.warnings[0]
     assert open_particles(project / "sub", tilt_range=(-50, 70)).warnings == ()
+
+
+@pytest.fixture
+def tilted(tmp_path):
+    """Twelve boxes of noise of 24 voxels, each with a weight file of its own."""
+    rng = np.random.default_rng(6)
+    for i in range(12):
+        wedge = missing_wedge(24, (-60, 60 - 3 * i))
+        box = np.fft.irfftn(np.fft.rfftn(rng.standard_normal((24,) * 3)) * wedge, (24,) * 3, axes=(0, 1, 2))
+        save(tmp_path / f"{i:02d}.mrc", box.astype(np.float32))
+        save(tmp_path / f"w{i:02d}.mrc", wedge)
+    head = "data_particles\nloop_\n_rlnImageName\n_rlnCtfImage\n_rlnImagePixelSize\n"
+    (tmp_path / "in.star").write_text(head + "".join(f"{i:02d}.mrc w{i:02d}.mrc 4\n" for i in range(12)))
+    return tmp_path
+
+
+def test_every_weight_is_compared(tilted):
+    assert len(open_particles(tilted / "in.star").weight_ids) == 12
+    assert open_particles(tilted / "in.star").warnings == ()
+    save(tilted / "w07.mrc", missing_wedge(24, (-60, 60), "x"))
+    (text,) = open_particles(tilted / "in.star").warnings
+    assert f"1 of 12: {tilted}/w07.mrc (1 box): " in text
+    assert "the tilt axis seems to be the other one" in text
+
+
+def test_a_gradient_is_no_power_in_the_wedge(tilted):
+    """A box cut from where the background changes along the beam: its faces do not fit together.
+
+    By 1.2 standard deviations of the noise; as they are, without a taper, such boxes have 0.5 and more beyond the wedge.
+    """
+    for path in tilted.glob("[01]*.mrc"):
+        save(path, read_mrc(path)[0] + 0.05 * np.arange(24, dtype=np.float32)[:, None, None])
+    assert open_particles(tilted / "in.star").warnings == ()
+
+
+def test_of_very_many_weights_some_are_compared(tilted, monkeypatch):
+    monkeypatch.setattr("faml_gpu.io.particles.WEDGE_WEIGHTS", 3)
+    save(tilted / "w00.mrc", missing_wedge(24, (-60, 60), "x"))
+    (text,) = open_particles(tilted / "in.star").warnings
+    assert "1 of 3 looked at: " in text
+    assert "(1 box)" in text
 
 
 def test_a_box_that_vanishes_is_named(project):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from faml_gpu.weights import (
     half_from_centred,
     missing_wedge,
     read_layout,
+    tapered,
     wedge_consistency,
     wedge_warning,
 )
@@ -154,42 +156,106 @@ def test_rounding_is_clipped_not_refused():
     assert read.min() == 0
 
 
-def power_of(weight, box, noise=0.05):
-    """|FFT|^2 of coloured noise seen through a wedge, with a little noise everywhere."""
-    rng = np.random.default_rng(3)
-    k = np.fft.fftfreq(box) * box
-    radius = np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + np.arange(box // 2 + 1) ** 2)
-    shape = (4, box, box, box // 2 + 1)
-    return (weight + noise) * np.exp(-radius / 3) * rng.exponential(size=shape)
+def noise_seen(tilts, axis="y", box=32, n=4, seed=3):
+    """Power of tapered boxes of white noise seen through a wedge."""
+    boxes = np.random.default_rng(seed).standard_normal((n, box, box, box))
+    spectra = np.fft.rfftn(boxes, axes=(1, 2, 3)) * missing_wedge(box, tilts, axis)
+    seen = tapered(np.fft.irfftn(spectra, s=(box, box, box), axes=(1, 2, 3)))
+    return np.abs(np.fft.rfftn(seen, axes=(1, 2, 3))) ** 2
 
 
-def test_consistency_of_the_right_wedge():
-    weight = missing_wedge(24, (-50, 70))
-    figures = wedge_consistency(power_of(weight, 24), weight)
-    # 1.05 inside and 0.05 outside before the division by a common shell mean.
-    assert figures.inside / figures.outside == pytest.approx(21, rel=0.2)
-    assert figures.stated_only > 5 * figures.mirrored_only
+def test_beyond_is_its_definition():
+    """Layer by layer: neighbours of neighbours of observed voxels, each over the mean of the observed of its shell."""
+    weight = missing_wedge(13, (-50, 60))
+    power = np.random.default_rng(1).uniform(1, 2, (13, 13, 7))
+    seen = {
+        k
+        for k in itertools.product(range(-6, 7), repeat=3)
+        if (weight[k] if k[2] >= 0 else weight[-k[0], -k[1], -k[2]]) == 1
+    }
+
+    half = [k for k in itertools.product(range(-6, 7), range(-6, 7), range(7)) if 0.5 < math.dist(k, (0, 0, 0)) <= 6]
+    shells = {k: round(math.dist(k, (0, 0, 0))) for k in half}
+    means = {s: np.mean([power[k] for k in half if k in seen and shells[k] == s]) for s in range(1, 7)}
+    apart = np.abs(np.array(half)[:, None] - np.array(sorted(seen))).max(axis=2).min(axis=1)
+    layer = [power[k] / means[shells[k]] for k, distance in zip(half, apart, strict=True) if distance == 2]
+    assert len(layer) > 40
+    assert wedge_consistency(power, weight).beyond == pytest.approx(np.mean(layer), rel=1e-12)
+
+
+@pytest.mark.parametrize("box", [16, 24, 32])
+@pytest.mark.parametrize(("tilts", "axis"), [((-60, 60), "y"), ((-44, 66), "y"), ((-50, 70), "x")])
+def test_the_right_wedge(tilts, axis, box):
+    figures = wedge_consistency(noise_seen(tilts, axis, box), missing_wedge(box, tilts, axis))
+    assert figures.beyond < 0.01  # what the taper spreads over two voxels: 0.003
     assert wedge_warning(figures) is None
 
 
-def test_consistency_warns_of_the_mirrored_wedge():
-    figures = wedge_consistency(power_of(missing_wedge(24, (-70, 50)), 24), missing_wedge(24, (-50, 70)))
-    assert figures.outside < figures.inside  # the plain comparison does not see it
+@pytest.mark.parametrize(
+    ("stated", "axis", "least"), [((-50, 50), "y", 0.1), ((-40, 40), "y", 0.4), ((-60, 60), "x", 0.6)]
+)
+def test_a_wedge_that_hides_what_there_is(stated, axis, least):
+    """Noise seen within 60 degrees about y, and said to be seen otherwise."""
+    figures = wedge_consistency(noise_seen((-60, 60)), missing_wedge(32, stated, axis))
+    assert least < figures.beyond < 1
+    text = wedge_warning(figures)
+    assert text is not None
+    assert f"{100 * figures.beyond:.0f} %" in text
+    if axis == "x":
+        assert figures.others == {"about the other axis": pytest.approx(0.003, abs=0.005)}  # the mirrored are the same
+        assert "--tilt-axis" in text
+    else:
+        assert "check the tilt range" in text
+
+
+def test_the_mirrored_wedge():
+    figures = wedge_consistency(noise_seen((-70, 50)), missing_wedge(32, (-50, 70)))
+    text = wedge_warning(figures)
+    assert text is not None
+    assert min(figures.others, key=figures.others.__getitem__) == "mirrored"
+    assert "give --tilt-range -HI -LO" in text
+    both = wedge_warning(wedge_consistency(noise_seen((-70, 40)), missing_wedge(32, (-40, 70), "x")))
+    assert both is not None
+    assert "the sign of the tilts too (--tilt-range -HI -LO)" in both
+
+
+def test_a_mirrored_wedge_hardly_wider():
+    """A few degrees: less than the layer beyond tells, but the two sides can be compared; not where they are equal."""
+    figures = wedge_consistency(noise_seen((-64, 60), n=8), missing_wedge(32, (-60, 64)))
+    assert figures.beyond < 0.05
     text = wedge_warning(figures)
     assert text is not None
     assert "mirrored" in text
     assert f"{figures.mirrored_only:.2f}" in text
+    uneven = 0
+    for seed in range(30):  # all is seen: which side has a little more is chance
+        chance = wedge_consistency(noise_seen((-90, 90), box=16, n=1, seed=seed), missing_wedge(16, (-60, 66)))
+        uneven += chance.mirrored_only > 1.05 * chance.stated_only
+        assert wedge_warning(replace(chance, beyond=math.nan)) is None
+    assert uneven > 5
 
 
-def test_consistency_warns_of_power_outside():
-    other = 1 - missing_wedge(24, (-60, 60))
-    figures = wedge_consistency(power_of(other, 24), missing_wedge(24, (-60, 60)))
-    text = wedge_warning(figures)
-    assert text is not None
-    assert "outside" in text
+def test_power_beyond_a_filter_is_no_matter():
+    """Boxes cut off at half of Nyquist: what is left beyond are rounding errors, everywhere."""
+    rng = np.random.default_rng(4)
+    power = noise_seen((-60, 60))
+    k = np.fft.fftfreq(32) * 32
+    outside = k[:, None, None] ** 2 + k[:, None] ** 2 + np.arange(17) ** 2 > 8**2
+    power[:, outside] = 1e-12 * rng.exponential(size=(len(power), int(outside.sum())))
+    assert wedge_warning(wedge_consistency(power, missing_wedge(32, (-60, 60)))) is None
 
 
-def test_consistency_without_a_wedge_says_nothing():
-    figures = wedge_consistency(power_of(1.0, 24), np.ones((24, 24, 13), np.float32))
-    assert math.isnan(figures.outside)
+def test_tapered_boxes_end_at_zero():
+    """A steep gradient along the beam would show in the wedge."""
+    box = np.broadcast_to(np.arange(24.0)[:, None, None], (1, 24, 24, 24)) + np.random.default_rng(2).normal(
+        size=(1, 24, 24, 24)
+    )
+    low = tapered(box)
+    assert abs(low[:, 0]).max() < 0.15 * abs(box).max()
+    assert abs(low[:, 12, 12, 12] - (box - box.mean())[:, 12, 12, 12]) < 0.1
+
+
+def test_no_wedge_says_nothing():
+    figures = wedge_consistency(noise_seen((-90, 90)), np.ones((32, 32, 17), np.float32))
+    assert math.isnan(figures.beyond)
     assert wedge_warning(figures) is None
