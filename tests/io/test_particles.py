@@ -333,7 +333,7 @@ def test_every_weight_is_compared(tilted):
 def test_a_gradient_is_no_power_in_the_wedge(tilted):
     """A box cut from where the background changes along the beam: its faces do not fit together.
 
-    By 1.2 standard deviations of the noise; as they are, without a taper, such boxes have 0.5 and more beyond the wedge.
+    By 1.2 standard deviations of the noise; without a taper such boxes have 0.5 and more beyond the wedge.
     """
     for path in tilted.glob("[01]*.mrc"):
         save(path, read_mrc(path)[0] + 0.05 * np.arange(24, dtype=np.float32)[:, None, None])
