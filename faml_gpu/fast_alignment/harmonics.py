@@ -95,7 +95,7 @@ class ShellHarmonics:
                 some = voxels[first : first + size]
                 yield r, some, fraction[first : first + size], self._table(some)
 
-    def coefficients(self, values: Array) -> Array:
+    def coefficients(self, values: Array, *, alone: bool = False) -> Array:
         """p_lm(r) of real functions given on the support.
 
         Sums run over both voxels of each pair, f(-xi) = f(xi): the odd degrees cancel, the even ones double.
@@ -103,6 +103,7 @@ class ShellHarmonics:
         Parameters
         ----------
         values : (B, M) float32
+        alone : each function by itself, to the last bit what it is without the others
 
         Returns
         -------
@@ -112,11 +113,12 @@ class ShellHarmonics:
         n = self.bandwidth * len(degrees(self.bandwidth, even=self.even))
         out = xp.zeros((len(values), self.support.r_max, 2 * n), np.float32)
         for r, voxels, fraction, table in self._pieces():
-            part = values[:, voxels]
-            # A voxel between the radii r and r + 1 counts for both, as linear interpolation does.
-            out[:, r - 1] += (part * (1 - fraction)) @ table
-            if r < self.support.r_max:
-                out[:, r] += (part * fraction) @ table
+            for rows in [slice(i, i + 1) for i in range(len(values))] if alone else [slice(None)]:
+                part = values[rows, voxels]
+                # A voxel between the radii r and r + 1 counts for both, as linear interpolation does.
+                out[rows, r - 1] += (part * (1 - fraction)) @ table
+                if r < self.support.r_max:
+                    out[rows, r] += (part * fraction) @ table
         out *= 2
         shape = (len(values), self.support.r_max, self.bandwidth, -1)
         return (out[..., :n] + 1j * out[..., n:]).reshape(shape)
