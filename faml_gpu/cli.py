@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from faml_gpu import __version__
 from faml_gpu.errors import InputError
+from faml_gpu.stopping import Stopping
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -892,7 +894,7 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
     if options.pop("dry_run"):
         _dry_run(particles, n_classes, options)
         return
-    with _ending(Resume(output)):
+    with _ending(Resume(output)) as stopping:
         # Here and not at the top: these take a second or two, which --help need not wait for.
         from faml_gpu.device_info import choose_device, n_threads
         from faml_gpu.half_files import half_line
@@ -902,7 +904,14 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
         device, reason = choose_device(options["device"])
         typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
         with Display(options["iterations"], log) as display, _profiled(profile, device, options["threads"]):
-            result = classify(particles, n_classes, progress=display.step, on_iteration=display.iteration, **options)
+            result = classify(
+                particles,
+                n_classes,
+                progress=display.step,
+                on_iteration=display.iteration,
+                stopping=stopping,
+                **options,
+            )
         if result.converged_at is not None:
             typer.echo(f"converged at iteration {result.converged_at}")
         if isinstance(result, HalvesResult):
@@ -1108,7 +1117,7 @@ class Resume:
         if self._output is None:
             return self._otherwise
         try:
-            begun = any(self._output.glob("run_it*_checkpoint.json"))
+            begun = any(any(self._output.glob(f"run_*{end}.json")) for end in ("checkpoint", "unfinished"))
         except OSError:
             begun = False
         if not begun:
@@ -1124,31 +1133,41 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def _ending(resume: Resume) -> Iterator[None]:
-    """Turn the ways a run can end early into one message on stderr and an exit status."""
+def _ending(resume: Resume) -> Iterator[Stopping]:
+    """Turn the ways a run can end early into one message on stderr and an exit status.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+    The first Ctrl-C or SIGTERM waits, for a batch at most, where what a run has done so far can be kept (`Stopping`).
+    """
+    stopping = Stopping()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stopping.ask(KeyboardInterrupt() if number == signal.SIGINT else _Terminated())
+        # It waits. In a thread, since the signal may have come while the other was writing to the same stream.
+        text = "stopping after this batch; the same again stops at once"
+        threading.Thread(target=typer.echo, args=(text,), kwargs={"err": True}, daemon=True).start()
 
     def tell(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
         typer.echo(f"warning: {message}", err=True)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background shells have it ignored
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)  # what we have to say to the user is one of these
             warnings.showwarning = tell
-            yield
+            yield stopping
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {resume.hint()}", err=True)
+        typer.echo("; ".join(filter(None, ("interrupted", stopping.kept, resume.hint()))), err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     except _Terminated:
-        typer.echo(f"terminated; {resume.hint()}", err=True)
+        typer.echo("; ".join(filter(None, ("terminated", stopping.kept, resume.hint()))), err=True)
         raise typer.Exit(128 + signal.SIGTERM) from None
     except Exception as error:
         from faml_gpu.run_folder import OutputError
@@ -1162,4 +1181,5 @@ def _ending(resume: Resume) -> Iterator[None]:
             raise
         raise typer.Exit(2) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

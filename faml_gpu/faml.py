@@ -33,6 +33,7 @@ from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import gathered, join, scattered
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
+from faml_gpu.unfinished import Starts, Unfinished
 
 __all__ = ["begin", "iterate", "run"]
 
@@ -49,6 +50,7 @@ def run(
     use_poses: bool = False,
     checkpoint: Checkpoint | None = None,
     on_iteration: Callable[[Checkpoint], None] | None = None,
+    on_begin: Callable[[Unfinished], None] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Average (K = 1) or classify subtomograms: Algorithm 1.
@@ -64,9 +66,11 @@ def run(
     use_poses : bool
         Start from the average in the poses (and classes) the particles came with.
     checkpoint : Checkpoint, optional
-        Go on from there; the result is that of the unbroken run.
+        Go on from there, or with an `Unfinished` iteration; the result is that of the unbroken run.
     on_iteration : callable, optional
         Gets a checkpoint after each iteration.
+    on_begin : callable, optional
+        Gets each iteration as it begins; what it gets grows with each batch, before `progress` is told of it.
     progress : callable, optional
         progress(step, done, total).
 
@@ -83,14 +87,15 @@ def run(
     device, _ = choose_device(options.device)
     with cpu_threads(options.threads), use_device(device):
         plan = Plan.make(particles, options, initial_lowpass, device)
-        if checkpoint is None and options.starts > 1 and initial_lowpass is None:
-            checkpoint = likeliest_start(plan, particles, progress)
+        trying = checkpoint is None and options.starts > 1 and initial_lowpass is None
+        if trying or (isinstance(checkpoint, Unfinished) and checkpoint.starts is not None):
+            checkpoint = likeliest_start(plan, particles, checkpoint, progress, on_begin)
             if on_iteration is not None:
                 on_iteration(checkpoint)
         elif checkpoint is None:
-            checkpoint = begin(plan, particles, reference, use_poses)
+            checkpoint = begin(plan, particles, reference, use_poses, progress)
         while checkpoint.state.iteration < options.iterations and not converged(checkpoint.history):
-            checkpoint = iterate(plan, particles, checkpoint, progress)
+            checkpoint = iterate(plan, particles, checkpoint, progress, on_begin)
             if on_iteration is not None:
                 on_iteration(checkpoint)
         maps = final_averages(plan, particles, checkpoint.posterior, progress, checkpoint.state)
@@ -108,46 +113,75 @@ def run(
     )
 
 
-def begin(plan: Plan, particles: ParticleSource, reference: Float32 | None, use_poses: bool) -> Checkpoint:
+def begin(
+    plan: Plan,
+    particles: ParticleSource,
+    reference: Float32 | None,
+    use_poses: bool,
+    progress: Progress | None = None,
+) -> Checkpoint:
     """Theta before the first iteration."""
-    poses = particles.poses if use_poses else None
+    poses, told = particles.poses if use_poses else None, progress_of("start", progress)
     if use_poses and poses is None:
         raise InputError("option use-poses: the input has no poses, expected rlnAngle* and rlnOrigin* columns")
     if reference is not None and plan.options.n_classes > 1:
         # One map cannot tell K classes apart: align everything to it, then split at random.
         single = Plan.make(particles, replace(plan.options, n_classes=1), plan.initial_lowpass, plan.device)
-        aligned = best_poses(iterate(single, particles, start(single, particles, reference, poses)).posterior)
+        lying = start(single, particles, reference, poses, told)
+        aligned = best_poses(iterate(single, particles, lying, told).posterior)
         reference, poses = None, Poses(aligned.rotations, aligned.shifts)
-    return start(plan, particles, reference, poses)
+    return start(plan, particles, reference, poses, told)
 
 
-def likeliest_start(plan: Plan, particles: ParticleSource, progress: Progress | None = None) -> Checkpoint:
+def likeliest_start(
+    plan: Plan,
+    particles: ParticleSource,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+    on_begin: Callable[[Unfinished], None] | None = None,
+) -> Checkpoint:
     """Of several random starts that which has the highest likelihood after its first, coarse iterations.
 
     All in the same bands (`Plan.r_max`): the likelihood is a sum over Fourier voxels, and that of more is another.
+
+    checkpoint, on_begin : see `run`
     """
-    best, likelihoods = None, []
-    for trial in range(plan.options.starts):
-        of_trial = replace(plan, trial=trial)
-        told = progress_of(f"start {trial + 1}/{plan.options.starts}", progress)
-        checkpoint = begin(of_trial, particles, None, False)
-        for _ in range(plan.tried):
-            checkpoint = iterate(of_trial, particles, checkpoint, told)
-        likelihoods.append(checkpoint.history[-1].log_likelihood)
-        if best is None or likelihoods[-1] > best.history[-1].log_likelihood:
-            best = checkpoint
-    assert best is not None
-    best.history[-1] = replace(best.history[-1], starts=likelihoods)
-    return best
+    starts = checkpoint.starts if isinstance(checkpoint, Unfinished) else None
+    starts = starts or Starts()
+
+    def noted(begun: Unfinished) -> None:
+        begun.starts = Starts([*starts.likelihoods], starts.best)  # a copy: this one itself will be added
+        if on_begin is not None:
+            on_begin(begun)
+
+    while len(starts.likelihoods) < plan.options.starts:
+        of_trial = replace(plan, trial=len(starts.likelihoods))
+        told = progress_of(f"start {of_trial.trial + 1}/{plan.options.starts}", progress)
+        tried, checkpoint = checkpoint or begin(of_trial, particles, None, False, told), None
+        while tried.state.iteration < plan.tried:
+            tried = iterate(of_trial, particles, tried, told, noted)
+        starts.add(tried)
+    assert starts.best is not None
+    starts.best.history[-1] = replace(starts.best.history[-1], starts=starts.likelihoods)
+    return starts.best
 
 
 def iterate(
-    plan: Plan, particles: ParticleSource, checkpoint: Checkpoint, progress: Progress | None = None
+    plan: Plan,
+    particles: ParticleSource,
+    checkpoint: Checkpoint,
+    progress: Progress | None = None,
+    on_begin: Callable[[Unfinished], None] | None = None,
 ) -> Checkpoint:
-    """One iteration of Algorithm 1: Theta and the averages in, new Theta and the posterior out."""
-    state, clock = checkpoint.state, Clock(plan.device)
+    """One iteration of Algorithm 1, or the rest of one: Theta and the averages in, new Theta and the posterior out."""
+    state = checkpoint.state
     whole, groups = plan.band(state), noise_groups(particles, plan.options, state)
     parts, name = plan.parts(len(particles)), f"iteration {state.iteration + 1}"
+    size = plan.options.n_classes, len(whole.output), whole.r_max
+    so_far = Unfinished.of(checkpoint, size, n_curves=len(groups), parts=len(parts), device=plan.device)
+    clock = Clock(plan.device, so_far.seconds)
+    if on_begin is not None:
+        on_begin(so_far)
     if not whole.joint:
         rng = plan.rng(state.iteration + 1)
         points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
@@ -182,25 +216,21 @@ def iterate(
         with clock("rotate back"):
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
-    posteriors: list[BatchPosterior] = []
-    size = plan.options.n_classes, len(whole.output), whole.r_max
-    total = maximization.Accumulators.zero(*size, n_curves=len(groups), parts=len(parts))
-    for part, members in enumerate(parts):
+    against = None
+    for part in range(so_far.part, len(parts)):
         band = whole.holding_out(part)
-        if part == 0 or band is not whole:
+        if against is None or band is not whole:
             with clock("references"):
                 references = band.references()
             against = partial(e_step, band, references, [{} for _ in references])
-        of_part = maximization.Accumulators.zero(*size, device=plan.device, n_curves=len(groups))
-        before = sum(len(p) for p in parts[:part])
-        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, members, before):
-            of_part.merge(sums)
-            posteriors.append(posterior)
-        total.merge(of_part.on_host(), part)
+        left = parts[part][so_far.of_part.n :]
+        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, left, so_far.done):
+            so_far.add(posterior, sums)
+        so_far.close_part()
 
     with clock("maximization"):
-        order = np.concatenate(parts)
-        total, merged = whole.symmetrise(total), scattered([(order, join(posteriors))])
+        order, posteriors = np.concatenate(parts), so_far.posteriors
+        total, merged = whole.symmetrise(so_far.total), scattered([(order, join(posteriors))])
         agreement, r_max = whole.evidence(total)
         new = replace(maximize(plan, whole, state, total), r_max=r_max)
         total = total.together()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ from faml_gpu.plan import Plan, resolve
 from faml_gpu.posteriors import gathered, in_frame, scattered
 from faml_gpu.resolution import LEAK
 from faml_gpu.starting import average_sums, start
+from faml_gpu.unfinished import Unfinished
 
 __all__ = [
     "GOLD_STANDARD",
@@ -221,6 +223,7 @@ def run_halves(
     b_factor: float | None = None,
     checkpoints: tuple[Checkpoint | None, Checkpoint | None] = (None, None),
     on_iteration: Callable[[int, Checkpoint], None] | None = None,
+    on_begin: Callable[[int, Unfinished], None] | None = None,
     progress: Progress | None = None,
 ) -> HalfMaps:
     """Average two halves of the particles independently, and compare.
@@ -248,6 +251,7 @@ def run_halves(
     b_factor : square Angstrom, for the final map; negative sharpens
     checkpoints : of the two runs, to go on from
     on_iteration : gets the half, 1 or 2, and its checkpoint after each iteration
+    on_begin : gets the half and each iteration as it begins, see `faml.run`
     progress : progress(step, done, total)
 
     Returns
@@ -280,7 +284,8 @@ def run_halves(
                 reference=reference,
                 initial_lowpass=initial_lowpass,
                 checkpoint=checkpoint,
-                on_iteration=None if on_iteration is None else _numbered(on_iteration, number),
+                on_iteration=None if on_iteration is None else partial(on_iteration, number),
+                on_begin=None if on_begin is None else partial(on_begin, number),
                 progress=progress_of(f"half {number}", progress),
             )
         )
@@ -351,6 +356,7 @@ def refine_halves(
     mask: Float32 | None = None,
     checkpoint: Callable[[int, int], Checkpoint | None] | None = None,
     on_iteration: Callable[[int, int, Checkpoint], None] | None = None,
+    on_begin: Callable[[int, int, Unfinished], None] | None = None,
     progress: Progress | None = None,
 ) -> HalvesResult:
     """Average two halves of each class independently, see `run_halves`.
@@ -364,6 +370,7 @@ def refine_halves(
     mask : (N, N, N) for the FSC of every class; None is the soft sphere of the alignment
     checkpoint : gets class (from 0) and half (1 or 2), gives what to go on from
     on_iteration : gets class, half and the checkpoint after each iteration
+    on_begin : gets class, half and each iteration as it begins, see `faml.run`
     progress : progress(step, done, total)
     """
     stated = stated_halves(particles)
@@ -377,11 +384,6 @@ def refine_halves(
             halves.append(None)
             parts.append((members, gathered(together.posterior, members)))
             continue
-
-        def numbered(number: int, done: Checkpoint, k: int = k) -> None:
-            if on_iteration is not None:
-                on_iteration(k, number, done)
-
         found = run_halves(
             Subset(particles, members),
             options,
@@ -391,7 +393,8 @@ def refine_halves(
             mask=mask,
             b_factor=options.b_factor,
             checkpoints=(None, None) if checkpoint is None else (checkpoint(k, 1), checkpoint(k, 2)),
-            on_iteration=numbered,
+            on_iteration=None if on_iteration is None else partial(on_iteration, k),
+            on_begin=None if on_begin is None else partial(on_begin, k),
             progress=progress if len(maps) == 1 else progress_of(f"class {k + 1}", progress),
         )
         halves.append(found)
@@ -439,10 +442,6 @@ def _halves(particles: ParticleSource, given: Int64 | None, seed: int) -> Int64:
     if min(sizes) == 0:
         raise InputError(f"halves: found {sizes[0]} and {sizes[1]} particles, expected some in each")
     return half
-
-
-def _numbered(call: Callable[[int, Checkpoint], None], number: int) -> Callable[[Checkpoint], None]:
-    return lambda checkpoint: call(number, checkpoint)
 
 
 def _keeping_axes(rotation: Float64, shift: Float64, options: Options) -> tuple[Float64, Float64]:

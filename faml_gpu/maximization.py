@@ -76,6 +76,12 @@ class Accumulators:
             parts,
         )
 
+    def emptied(self) -> Accumulators:
+        """Sums over no particle, of the same shape, on the same device."""
+        names = ("sums", "weights", "mass", "residual", "observed")
+        zeros = {name: namespace(array).zeros_like(array) for name in names for array in [getattr(self, name)]}
+        return replace(self, **zeros, shift2=0.0, log_evidence=0.0, candidates=0, n=0)
+
     def merge(self, other: Accumulators, part: int = 0) -> None:
         """Add the sums over other particles, all of one part."""
         rows = slice(part * len(other.mass), (part + 1) * len(other.mass))
@@ -126,6 +132,10 @@ class Accumulators:
     def on_host(self) -> Accumulators:
         """The same with NumPy arrays only, for the M-step."""
         return replace(self, sums=to_host(self.sums), weights=to_host(self.weights))
+
+    def on_device(self, device: str) -> Accumulators:
+        """The same with `sums` and `weights` where the E-step adds to them."""
+        return replace(self, sums=to_device(self.sums, device), weights=to_device(self.weights, device))
 
 
 def rotate_back(

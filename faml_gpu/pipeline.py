@@ -32,7 +32,9 @@ from faml_gpu.noise import noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve, start_lowpass
 from faml_gpu.run_folder import RunFolder
+from faml_gpu.stopping import Stopping
 from faml_gpu.uncertainty import angular_coverage, effective_particles, preferred_orientations, shifts_at_limit
+from faml_gpu.unfinished import Unfinished
 
 __all__ = ["Outlook", "average", "classify", "dry_run"]
 
@@ -83,6 +85,7 @@ def classify(
     overwrite: bool = False,
     progress: Progress | None = None,
     on_iteration: Callable[[IterationRecord], None] | None = None,
+    stopping: Stopping | None = None,
     **options: Any,
 ) -> Result:
     """Sort subtomograms into classes and average each class.
@@ -109,6 +112,8 @@ def classify(
     overwrite : replace the run in `output`
     progress : called with (step name, done, total) within an iteration
     on_iteration : called with the record of each completed iteration, after its files are written
+    stopping : `ask` of it ends the run after the batch it is at; with `output`, what the iteration has done by then is
+        kept for `resume`
     options : fields of `Options` other than n_classes: iterations, seed, resolution, method, preset, halves ...
 
     Returns
@@ -184,12 +189,7 @@ def classify(
                 ),
             )
 
-        def after_iteration(done: Checkpoint) -> None:
-            if folder is not None:
-                folder.write_iteration(done, source)
-            if on_iteration is not None:
-                on_iteration(done.history[-1])
-
+        keeper = _Keeper(folder, source, chosen, on_iteration, progress, stopping or Stopping())
         result = faml.run(
             source,
             job.together,
@@ -197,11 +197,22 @@ def classify(
             initial_lowpass=job.start_filter,
             use_poses=use_poses,
             checkpoint=checkpoint,
-            on_iteration=after_iteration,
-            progress=progress,
+            on_iteration=keeper.after_iteration,
+            on_begin=keeper.at_begin,
+            progress=keeper.progress,
         )
         if chosen.halves:
-            result = _halve(job, result, folder, on_iteration, progress)
+            result = refine_halves(
+                source,
+                chosen,
+                result,
+                initial_lowpass=job.halves_lowpass,
+                mask=job.fsc_mask,
+                checkpoint=None if folder is None else folder.half_checkpoint,
+                on_iteration=keeper.after_half_iteration,
+                on_begin=keeper.at_begin_of_half,
+                progress=keeper.progress,
+            )
         remarks = _doubts(result, source)
         if folder is not None:
             _write_final(folder, result, source, [*job.data.warnings, *remarks], recenter, _named(fsc_mask))
@@ -382,33 +393,61 @@ def dry_run(
     return Outlook(job.data.listed, len(source), source.box, source.voxel_size, job.resolved, found)
 
 
-def _halve(
-    job: _Job,
-    together: Result,
-    folder: RunFolder | None,
-    on_iteration: Callable[[IterationRecord], None] | None,
-    progress: Progress | None,
-) -> HalvesResult:
-    """The halves of each class, with checkpoints in the run's folder."""
-    source, options = job.data.source, job.options
+@dataclass(frozen=True)
+class _Keeper:
+    """Keeps a run's folder as the run goes on, and stops it when asked to, where what it has done can be kept."""
 
-    def after_iteration(k: int, half: int, done: Checkpoint) -> None:
-        if folder is not None:
-            folder.write_half_iteration(k, half, done, source.voxel_size)
-        if on_iteration is not None:
-            of_class = f"class {k + 1}, " if options.n_classes > 1 else ""
-            on_iteration(replace(done.history[-1], part=f"{of_class}half {half}"))
+    folder: RunFolder | None
+    source: ParticleSource
+    options: Options
+    told: Callable[[IterationRecord], None] | None
+    progress_told: Progress | None
+    stopping: Stopping
 
-    return refine_halves(
-        source,
-        options,
-        together,
-        initial_lowpass=job.halves_lowpass,
-        mask=job.fsc_mask,
-        checkpoint=None if folder is None else folder.half_checkpoint,
-        on_iteration=after_iteration,
-        progress=progress,
-    )
+    def progress(self, name: str, done: int, total: int) -> None:
+        if self.progress_told is not None:
+            self.progress_told(name, done, total)
+        self.stopping.check()
+
+    def at_begin(self, iteration: Unfinished) -> None:
+        starts = iteration.starts
+        if self.folder is not None and starts is not None and starts.best is not None and iteration.iteration == 1:
+            self.folder.write_unfinished(iteration)  # the starts before it are not lost
+        self._hold(iteration, lambda folder: folder.write_unfinished(iteration), "")
+
+    def at_begin_of_half(self, k: int, half: int, iteration: Unfinished) -> None:
+        self._hold(iteration, lambda folder: folder.write_unfinished(iteration, k, half), self._part(k, half))
+
+    def after_iteration(self, done: Checkpoint) -> None:
+        self.stopping.hold(lambda: "")  # while it is written; its sums are of no more use
+        if self.folder is not None:
+            self.folder.write_iteration(done, self.source)
+        if self.told is not None:
+            self.told(done.history[-1])
+        self.stopping.release()
+
+    def after_half_iteration(self, k: int, half: int, done: Checkpoint) -> None:
+        self.stopping.hold(lambda: "")
+        if self.folder is not None:
+            self.folder.write_half_iteration(k, half, done, self.source.voxel_size)
+        if self.told is not None:
+            self.told(replace(done.history[-1], part=self._part(k, half)))
+        self.stopping.release()
+
+    def _part(self, k: int, half: int) -> str:
+        return f"class {k + 1}, half {half}" if self.options.n_classes > 1 else f"half {half}"
+
+    def _hold(self, iteration: Unfinished, write: Callable[[RunFolder], None], part: str) -> None:
+        folder = self.folder
+        if folder is None:
+            return
+
+        def keep() -> str:
+            write(folder)
+            particles = f"{iteration.done} of {len(iteration.posterior.log_likelihood)} particles"
+            return f"kept: {particles} of iteration {iteration.iteration}{part and f' of {part}'}"
+
+        self.stopping.hold(keep)
 
 
 def _write_final(

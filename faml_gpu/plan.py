@@ -221,6 +221,8 @@ class Plan:
         """
         members = np.arange(len(particles)) if members is None else members
         first = 0
+        if progress is not None:
+            progress(name, before, len(particles))
 
         def attempt(size: int) -> Done | None:
             try:
@@ -772,8 +774,8 @@ def _bandwidth(options: Options, r_max: int, relative_radius: float) -> int:
 class Clock:
     """Seconds spent per step, each a range in a profiler; a GPU is waited for, so that the time is that of the step."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, device: str = "cpu", seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds  # those there are: it goes on
         self.device = device
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from faml_gpu.data import Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["gathered", "in_frame", "join", "likeliest", "one_hot", "scattered"]
+__all__ = ["gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered"]
 
 Int64 = NDArray[np.int64]
 
@@ -36,25 +36,21 @@ def one_hot(
     )
 
 
+def joined(parts: list[BatchPosterior]) -> BatchPosterior:
+    """The posterior of several batches, in order, as of one."""
+    first = np.cumsum([0, *(len(p.log_likelihood) for p in parts)])
+    named = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
+    arrays: dict[str, NDArray[Any]] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in named}
+    arrays["particle"] = np.concatenate([p.particle + f for p, f in zip(parts, first[:-1], strict=True)])
+    return BatchPosterior(**arrays, candidates=sum(p.candidates for p in parts))
+
+
 def join(parts: list[BatchPosterior]) -> Posterior:
     """The posterior of all particles from those of the batches, in order."""
-    sizes = [len(p.log_likelihood) for p in parts]
-    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    particle = np.concatenate([p.particle + f for p, f in zip(parts, first, strict=True)])
-
-    def together(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(p, name) for p in parts])
-
-    return Posterior(
-        particle=particle,
-        class_index=together("class_index"),
-        rotations=together("rotations"),
-        shifts=together("shifts"),
-        probability=together("probability"),
-        log_likelihood=together("log_likelihood"),
-        n_significant=np.bincount(particle, minlength=sum(sizes)).astype(np.int64),
-        class_probability=together("class_probability"),
-    )
+    whole = joined(parts)
+    n_significant = np.bincount(whole.particle, minlength=len(whole.log_likelihood)).astype(np.int64)
+    shared = {f.name: getattr(whole, f.name) for f in fields(Posterior) if f.name != "n_significant"}
+    return Posterior(**shared, n_significant=n_significant)
 
 
 def likeliest(

@@ -40,14 +40,18 @@ from faml_gpu.data import (
     frames_of,
 )
 from faml_gpu.errors import InputError
+from faml_gpu.expectation import BatchPosterior
 from faml_gpu.geometry import matrix_to_relion
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.dynamo import DynamoTable
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.io.positions import recentered
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, write_particles_star, write_star
+from faml_gpu.maximization import Accumulators
 from faml_gpu.options import Options
+from faml_gpu.posteriors import joined
 from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
+from faml_gpu.unfinished import Starts, Unfinished
 
 __all__ = ["FORMAT", "OutputError", "RunFolder", "finite", "read_checkpoint", "write_checkpoint", "writing"]
 
@@ -59,11 +63,12 @@ LOCK = ".run.lock"
 _OURS = re.compile(
     r"run(_it\d{3,}(_class\d{3,}\.mrc|_data\.(star|tbl)|_model\.star|_coverage\.npz|_checkpoint\.(npz|json))"
     r"|_class\d{3,}\.mrc|_data\.(star|tbl)|_data_recentered\.star|_class_posteriors\.star|_coverage\.npz|\.json"
-    r"|\.toml)"
+    r"|\.toml|_unfinished\.(npz|json))"
     r"|run(_it\d{3,})?(_classes\.png|\.cxc|_class\d{3,}_angdist\.bild)|(run_it\d{3,}_)?report\.html"
 )
 _OF_HALVES = re.compile(
-    r"run(_it\d{3,}_half[12]_class\d{3,}(\.mrc|_checkpoint\.(npz|json))|_half[12]_class\d{3,}_unfil\.mrc)"
+    r"run(_it\d{3,}_half[12]_class\d{3,}(\.mrc|_checkpoint\.(npz|json))"
+    r"|_half[12]_class\d{3,}_(unfil\.mrc|unfinished\.(npz|json)))"
     r"|postprocess(_class\d{3,})?(\.mrc|\.star|_fsc\.json|_fsc\.png)"
 )
 _LEFTOVER = re.compile(
@@ -192,7 +197,8 @@ class RunFolder:
 
         Returns
         -------
-        The last whole checkpoint of the run to go on with, or None to start from the beginning.
+        What the run is to go on with: an iteration that was stopped, or its last whole checkpoint; None to start from
+        the beginning.
 
         Raises
         ------
@@ -200,6 +206,7 @@ class RunFolder:
             The run that is there had other options or other input, or all its checkpoints are damaged.
         """
         checkpoint = None
+        self._facts = {"format": FORMAT, **facts}
         if self._resume:
             before = self._read_run_json()
             _check_agreement(before, facts)
@@ -213,7 +220,6 @@ class RunFolder:
             for path in self.path.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
                     path.unlink()
-        self._facts = {"format": FORMAT, **facts}
         self._history = checkpoint.history if checkpoint else []
         self._write_run_json("running")
         if config:
@@ -241,6 +247,7 @@ class RunFolder:
         write_checkpoint(self.path / f"{stem}_checkpoint", checkpoint)
         self._history = checkpoint.history
         self._write_run_json("running")
+        self._forget_unfinished()
         self._forget_old_checkpoints()
 
     def write_half_iteration(self, k: int, half: int, checkpoint: Checkpoint, voxel_size: float) -> None:
@@ -257,14 +264,26 @@ class RunFolder:
         write_checkpoint(path.with_name(f"{path.stem}_checkpoint"), checkpoint)
         self._of_halves[k, half] = checkpoint.history
         self._write_run_json("running")
+        self._forget_unfinished(_half_name(k, half))
         self._forget_old_checkpoints(_half_name(k, half))
 
     def half_checkpoint(self, k: int, half: int) -> Checkpoint | None:
-        """The last whole checkpoint of a half (1 or 2) of class k (from 0); None where it begins."""
-        found = self._last_whole(_half_name(k, half))
+        """What a half (1 or 2) of class k (from 0) is to go on with, as `begin` says; None where it begins."""
+        found = self._last(_half_name(k, half))
         if found is not None:
             self._of_halves[k, half] = found.history
         return found
+
+    def write_unfinished(self, iteration: Unfinished, k: int | None = None, half: int = 0) -> None:
+        """An iteration that has begun, of the run or of a half (1 or 2) of class k (from 0).
+
+        Raises
+        ------
+        OutputError
+            Nothing written earlier is lost, but the same iteration less far.
+        """
+        stem = self._unfinished("" if k is None else _half_name(k, half))
+        _write_arrays(stem, _unfinished_arrays(iteration), {"iteration": iteration.iteration, "of": self._run_of()})
 
     def write_final(
         self,
@@ -339,8 +358,37 @@ class RunFolder:
                 warnings.warn(f"checkpoint {stem}.json is damaged and left out: {error}", stacklevel=5)
         return None
 
+    def _last(self, part: str = "") -> Checkpoint | None:
+        """The iteration of the run or of a part of it that was stopped, or else the last whole checkpoint."""
+        whole, stem = self._last_whole(part), self._unfinished(part)
+        if not stem.with_suffix(".json").exists():
+            return whole
+        try:
+            stopped = _read_unfinished(stem, self._run_of())
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            warnings.warn(f"{stem}.json is left out, its iteration begins anew: {error}", stacklevel=5)
+            return whole
+        if whole is None or stopped.iteration > whole.state.iteration:
+            return stopped
+        self._forget_unfinished(part)  # a process that was killed may have left it
+        return whole
+
+    def _unfinished(self, part: str) -> Path:
+        return self.path / f"run{part}_unfinished"
+
+    def _forget_unfinished(self, part: str = "") -> None:
+        for suffix in (".json", ".npz"):
+            self._unfinished(part).with_suffix(suffix).unlink(missing_ok=True)
+
+    def _run_of(self) -> Any:
+        """What must be the same for an iteration to be gone on with: half of it by other options makes no sense."""
+        options = {
+            name: value for name, value in self._facts.get("options", {}).items() if name not in (*_FREE, *_AFTERWARDS)
+        }
+        return as_written({"options": options, "version": self._facts.get("versions", {}).get("faml_gpu")})
+
     def _newest_checkpoint(self) -> Checkpoint | None:
-        found = self._last_whole()
+        found = self._last()
         if found is not None:
             return found
         if damaged := self._checkpoints():
@@ -486,21 +534,7 @@ def write_checkpoint(stem: Path, checkpoint: Checkpoint) -> None:
     ------
     OutputError
     """
-    arrays: dict[str, Any] = {f"state_{f.name}": getattr(checkpoint.state, f.name) for f in fields(State)}
-    arrays = {name: value for name, value in arrays.items() if value is not None}
-    arrays |= {f"posterior_{f.name}": getattr(checkpoint.posterior, f.name) for f in fields(Posterior)}
-    arrays["history"] = np.array(json.dumps([asdict(record) for record in checkpoint.history]))
-    buffer = BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    content = buffer.getvalue()
-    description = {
-        "format": FORMAT,
-        "iteration": checkpoint.state.iteration,
-        "file": f"{stem.name}.npz",
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-    _replace(stem.with_name(f"{stem.name}.npz"), content)
-    _replace(stem.with_name(f"{stem.name}.json"), json.dumps(description, indent=1).encode() + b"\n")
+    _write_arrays(stem, _checkpoint_arrays(checkpoint), {"iteration": checkpoint.state.iteration})
 
 
 def read_checkpoint(stem: Path) -> Checkpoint:
@@ -511,17 +545,95 @@ def read_checkpoint(stem: Path) -> Checkpoint:
     ValueError, KeyError, TypeError, OSError
         A file is missing or not what was written.
     """
-    description = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
+    return _checkpoint_of(_read_arrays(stem, _read_description(stem)))
+
+
+def _checkpoint_arrays(checkpoint: Checkpoint) -> dict[str, Any]:
+    arrays = _named("state", checkpoint.state) | _named("posterior", checkpoint.posterior)
+    return arrays | {"history": np.array(json.dumps([asdict(record) for record in checkpoint.history]))}
+
+
+def _checkpoint_of(arrays: Mapping[str, Any]) -> Checkpoint:
+    state, posterior = State(**_of_name("state", arrays)), Posterior(**_of_name("posterior", arrays))
+    return Checkpoint(state, posterior, [IterationRecord(**record) for record in json.loads(arrays["history"])])
+
+
+def _unfinished_arrays(iteration: Unfinished) -> dict[str, Any]:
+    arrays = _checkpoint_arrays(iteration)
+    arrays |= _named("total", iteration.total) | _named("running", iteration.of_part.on_host())
+    arrays |= {"part": iteration.part, "seconds": np.array(json.dumps(iteration.seconds))}
+    if iteration.posteriors:
+        arrays |= _named("batches", joined(iteration.posteriors))
+    if iteration.starts is not None:
+        arrays["likelihoods"] = np.array(iteration.starts.likelihoods, np.float64)
+        if iteration.starts.best is not None:
+            arrays |= {f"best_{name}": array for name, array in _checkpoint_arrays(iteration.starts.best).items()}
+    return arrays
+
+
+def _unfinished_of(arrays: Mapping[str, Any]) -> Unfinished:
+    before, batches, starts = _checkpoint_of(arrays), _of_name("batches", arrays), None
+    if "likelihoods" in arrays:
+        best = _of_name("best", arrays)
+        starts = Starts(arrays["likelihoods"].tolist(), _checkpoint_of(best) if best else None)
+    return Unfinished(
+        before.state,
+        before.posterior,
+        before.history,
+        Accumulators(**_of_name("total", arrays)),
+        Accumulators(**_of_name("running", arrays)),
+        arrays["part"],
+        [BatchPosterior(**batches)] if batches else [],
+        json.loads(arrays["seconds"]),
+        starts,
+    )
+
+
+def _read_unfinished(stem: Path, run_of: Any) -> Unfinished:
+    """What `RunFolder.write_unfinished` wrote; a ValueError also where it belongs to another run than `run_of`."""
+    description = _read_description(stem)
+    if description["of"] != run_of:
+        raise ValueError("it was begun with other options, or another version")
+    return _unfinished_of(_read_arrays(stem, description))
+
+
+def _named(name: str, values: Any) -> dict[str, Any]:
+    """The fields of a dataclass under names of their own; without those that are None."""
+    found = {f"{name}_{field.name}": getattr(values, field.name) for field in fields(values)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _of_name(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(f"{name}_"): value for key, value in arrays.items() if key.startswith(f"{name}_")}
+
+
+def _write_arrays(stem: Path, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    buffer = BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    content = buffer.getvalue()
+    description = {
+        "format": FORMAT,
+        **about,
+        "file": f"{stem.name}.npz",
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    _replace(stem.with_name(f"{stem.name}.npz"), content)
+    _replace(stem.with_name(f"{stem.name}.json"), json.dumps(description, indent=1).encode() + b"\n")
+
+
+def _read_description(stem: Path) -> dict[str, Any]:
+    description: dict[str, Any] = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
     if description["format"] != FORMAT:
         raise ValueError(f"format {description['format']!r}, expected {FORMAT}")
+    return description
+
+
+def _read_arrays(stem: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     content = stem.with_name(f"{stem.name}.npz").read_bytes()
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise ValueError(f"the checksum of {stem.name}.npz is not the one in the JSON")
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
-        state = State(**{name[6:]: _plain(arrays[name]) for name in arrays if name.startswith("state_")})
-        posterior = Posterior(**{f.name: arrays[f"posterior_{f.name}"] for f in fields(Posterior)})
-        history = [IterationRecord(**record) for record in json.loads(str(arrays["history"]))]
-    return Checkpoint(state, posterior, history)
+        return {name: _plain(arrays[name]) for name in arrays}
 
 
 def _plain(array: NDArray[Any]) -> Any:

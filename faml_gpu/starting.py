@@ -22,7 +22,13 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 
-def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, poses: Poses | None) -> Checkpoint:
+def start(
+    plan: Plan,
+    particles: ParticleSource,
+    reference: Float32 | None,
+    poses: Poses | None,
+    progress: Progress | None = None,
+) -> Checkpoint:
     """Random equal split into K classes, each average the mean of its boxes as they lie, divided by its coverage.
 
     Of several random starts, all but the first take the boxes turned at random: for one class there is no other.
@@ -40,7 +46,7 @@ def start(plan: Plan, particles: ParticleSource, reference: Float32 | None, pose
         if poses.classes is not None and set(poses.classes) == set(range(n_classes)):
             classes = poses.classes
     posterior = one_hot(classes, rotations, shifts, n_classes, known=poses is not None)
-    maps, apart = fold_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior)
+    maps, apart = fold_averages(plan.with_symmetry(plan.symmetry(0)), particles, posterior, progress)
     # The paper takes one random particle and class; a curve per shell needs a few of them to be smooth.
     most, groups = 1 if plan.options.choices.noise == "single" else 20, noise_groups(particles, plan.options)
     curves = []
@@ -120,7 +126,11 @@ def fold_averages(
     n = len(particles)
     wanted = np.arange(n) if members is None else members
     parts = plan.parts(n) if plan.options.choices.folds > 1 else [np.arange(n)]
-    sums = [average_sums(plan, particles, posterior, progress, state, np.intersect1d(p, wanted)) for p in parts]
+    parts, sums, done = [np.intersect1d(p, wanted) for p in parts], [], 0
+    for part in parts:
+        told = None if progress is None else _out_of(len(wanted), done, progress)
+        sums.append(average_sums(plan, particles, posterior, told, state, part))
+        done += len(part)
     total = [np.sum([s[i] for s in sums], axis=0) for i in range(3)]
     support = fourier.make_support(plan.box, fourier.full_band(plan.box)).to(plan.device)
     inside = to_host(support.shell) <= (plan.box if r_max is None else r_max)
@@ -132,6 +142,11 @@ def fold_averages(
         return averages(*total), None
     apart = [averages(*(t - o for t, o in zip(total, own, strict=True))) for own in sums]
     return averages(*total), np.stack(apart)
+
+
+def _out_of(total: int, before: int, progress: Progress) -> Progress:
+    """Progress within a part of the particles as that of all, `before` of them being done."""
+    return lambda name, done, _: progress(name, before + done, total)
 
 
 def average_sums(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, map_threads, namespace, step, to_host
+from faml_gpu.array_backend import Array, device_of, map_threads, namespace, on_host, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
@@ -217,8 +217,15 @@ def unseen_gain(weights: Array, index: Array, unseen: Array, low: int | None = N
 
     low: shells of the table so named.
     """
-    inner = None if low is None else 0.5 * correlate(weights[:, :low], unseen[:low])
-    return UnseenGain(0.5 * correlate(weights, unseen), index, inner)
+    inner = None if low is None else 0.5 * _correlate_each(weights[:, :low], unseen[:low])
+    return UnseenGain(0.5 * _correlate_each(weights, unseen), index, inner)
+
+
+def _correlate_each(weights: Array, q: Array) -> Array:
+    """`correlate`, on the CPU of each weight alone: see `weight_harmonics`."""
+    if not on_host(weights):
+        return correlate(weights, q)
+    return np.concatenate([correlate(weights[i : i + 1], q) for i in range(len(weights))])
 
 
 def weight_harmonics(
@@ -226,13 +233,17 @@ def weight_harmonics(
 ) -> Array:
     """Coefficients (W, r_max, L, n_l) of w^2 / sigma^2 for the weights of a batch.
 
-    kept: those of other batches of the same band, noise and bandwidth, by weight name; filled and used.
+    kept: those of other batches of the same band, noise and bandwidth, by weight name; filled and used. On the CPU they
+    are the same to the last bit whichever weights they are computed beside: a run that was stopped between two batches
+    has none kept when it goes on.
     """
     xp, names = namespace(observation.spectra), observation.weight_ids
     kept = {} if kept is None else kept
     if missing := [i for i, name in enumerate(names) if name not in kept]:
         squared = xp.stack([observation.weights[i] for i in missing]) ** 2 * precision
-        new = shell_harmonics(observation.support, bandwidth).coefficients(squared)
+        harmonics = shell_harmonics(observation.support, bandwidth)
+        rows = [squared[i : i + 1] for i in range(len(missing))] if xp is np else [squared]
+        new = [row for some in rows for row in harmonics.coefficients(some)]
         kept.update((names[i], c) for i, c in zip(missing, new, strict=True))
     found = xp.stack([kept[name] for name in names])
     _forget(kept)
@@ -303,7 +314,7 @@ def normalised_scores(
     matched = observation.matched or match(observation, precision, reference.bandwidth, centred=centred)
     kept, unseen, names = {} if kept is None else kept, observation.unseen, observation.weight_ids
     if missing := [i for i, name in enumerate(names) if name not in kept]:
-        squared = correlate(xp.stack([matched.weights[i] for i in missing]), reference.power)
+        squared = _correlate_each(xp.stack([matched.weights[i] for i in missing]), reference.power)
         if unseen is not None:
             squared += 2 * unseen.table[xp.asarray(missing)]
         for i, c1 in zip(missing, squared, strict=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import faml_gpu
 from faml_gpu import array_backend, faml, fourier, noise, plan, voronoi
 from faml_gpu.data import Groups, Result
 from faml_gpu.errors import InputError
@@ -15,6 +17,7 @@ from faml_gpu.geometry import rotation_angle
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
 from faml_gpu.simulate import groel, ribosome, simulate_particles
+from faml_gpu.stopping import Stopping
 
 BOX, VOXEL, BANDWIDTH = 20, 16.0, 10
 
@@ -92,6 +95,29 @@ def test_groups_and_premultiplied_boxes_on_a_gpu(
     assert expected.state.group_sigma2.shape == (3, BOX // 2)
     np.testing.assert_allclose(found.state.group_sigma2, expected.state.group_sigma2, rtol=1e-4)
     np.testing.assert_allclose(found.state.scale, expected.state.scale, rtol=1e-3)
+
+
+def test_stopped_between_two_batches_on_a_gpu(
+    particles: ArrayParticles, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums so far come from the device into a file, and back from there."""
+    monkeypatch.setitem(plan.BATCH_PARTICLES, "cuda", 2)
+    monkeypatch.setattr("faml_gpu.pipeline._write_pictures", lambda folder: None)
+    options = {"iterations": 1, "candidates": 6, "bandwidth": BANDWIDTH, "preset": "paper"}
+    stopping = Stopping()
+
+    def stop(*step: Any) -> None:
+        if step == ("iteration 1", 4, len(particles)):
+            stopping.ask(KeyboardInterrupt())
+
+    with pytest.raises(KeyboardInterrupt):
+        faml_gpu.classify(particles, 2, tmp_path, device="cuda", progress=stop, stopping=stopping, **options)
+    told: list[tuple[str, int]] = []
+    resumed = faml_gpu.classify(
+        particles, 2, tmp_path, device="cuda", resume=True, progress=lambda *s: told.append(s[:2]), **options
+    )
+    assert told[0] == ("iteration 1", 4)
+    assert_same(resumed, run(particles, "cpu", **options))
 
 
 def test_too_little_memory_halves_the_batch(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +38,7 @@ from faml_gpu.posteriors import one_hot
 from faml_gpu.run_folder import read_checkpoint
 from faml_gpu.simulate import density, ribosome, simulate_particles
 from faml_gpu.starting import final_averages
+from faml_gpu.stopping import Stopping
 from faml_gpu.weights import missing_wedge
 
 BOX, VOXEL = 16, 24.0
@@ -309,6 +315,44 @@ def test_resumed_equals_unbroken(
     assert seen == order[order.index((part, iteration)) + 1 :]
     assert results(out) == whole
     assert [[r["iteration"] for r in history] for history in histories(out)] == [[1, 2, 3]] * 4
+
+
+def test_stopped_within_an_iteration_of_a_half(small_star: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out, stopping = tmp_path / "out", Stopping()
+
+    def stop(name: str, done: int, total: int) -> None:
+        if (name, done) == ("class 1, half 2, iteration 2", 1):
+            stopping.ask(StopError())
+
+    with pytest.raises(StopError):
+        faml_gpu.classify(small_star, 2, out, progress=stop, stopping=stopping, **OPTIONS)
+    assert re.fullmatch(r"kept: 1 of \d particles of iteration 2 of class 1, half 2", stopping.kept)
+    assert (out / "run_half2_class001_unfinished.npz").exists()
+    told: list[tuple[str, int]] = []
+    faml_gpu.classify(small_star, 2, out, resume=True, progress=lambda *step: told.append(step[:2]), **OPTIONS)
+    assert next(step for step in told if "iteration" in step[0]) == ("class 1, half 2, iteration 2", 1)
+    assert results(out) == whole
+    assert not list(out.glob("*_unfinished.*"))
+
+
+def test_sigkill(small_star: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """While the halves are being averaged."""
+    out = tmp_path / "out"
+    program = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
+    command = [*program, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 180
+    while not (out / "run_it001_half2_class001_checkpoint.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "no half within three minutes"
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "run_data.star").exists()
+    run("classify", small_star, "-k", "2", "-o", out, *FLAGS, "--resume")
+    assert results(out) == whole
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize("writes", [22, 23, 24, 26, 29, 38, 62, 70, 72, 77, 81, 90])

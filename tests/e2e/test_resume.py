@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 import faml_gpu
 from faml_gpu.cli import app
 from faml_gpu.data import IterationRecord
+from faml_gpu.demo import write_simulation
 from faml_gpu.errors import InputError
 from faml_gpu.run_folder import read_checkpoint
+from faml_gpu.simulate import Simulation
 
 ITERATIONS = 5
-LONG = 5.0  # seconds such a run takes from its first file to its last, report included
 OPTIONS: dict[str, Any] = {
     "tilt_range": (-60.0, 60.0),
     "iterations": ITERATIONS,
@@ -35,22 +36,28 @@ OPTIONS: dict[str, Any] = {
 }
 FLAGS = shlex.split("--tilt-range -60 60 --iterations 5 --bandwidth 6 --candidates 4 --mask-radius 120 --seed 3")
 MAIN = [sys.executable, "-c", "from faml_gpu.cli import main; main()"]
-# The same, with a pause before each iteration: a run of six small boxes would be over before a signal arrives. A shell
-# starts background jobs (such as these tests) with SIGINT ignored, and their children inherit that.
-SLOW = [
-    sys.executable,
-    "-c",
-    "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from faml_gpu import faml; from faml_gpu.cli import main; iterate = faml.iterate\n"
-    "faml.iterate = lambda *arguments: time.sleep(0.3) or iterate(*arguments)\n"
-    "main()",
-]
+# The same, with a pause in one batch: a run of six small boxes would be over before a signal arrives. A shell starts
+# background jobs (such as these tests) with SIGINT ignored, and their children inherit that.
+SLOW = """
+import itertools, signal, time
+from faml_gpu import faml
+from faml_gpu.cli import main
+def slow(*arguments, real=faml.expectation, count=itertools.count(1)):
+    if next(count) == {batch}:
+        print("batch", flush=True)
+        time.sleep({seconds})
+    return real(*arguments)
+faml.expectation = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
 Contents = Callable[[Path], dict[str, bytes]]
 
 
 def results(folder: Path) -> dict[str, bytes]:
     """All a run computed: maps and STAR files (timings apart), and the arrays of the last checkpoint."""
-    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".mrc" or p.name.endswith("_data.star")}
+    kept = (".mrc", "_data.star", "_posteriors.star")
+    found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name.endswith(kept)}
     for path in folder.glob("*_model.star"):
         found[path.name] = path.read_bytes().partition(b"data_model_seconds")[0]
     for path in folder.glob("*_checkpoint.npz"):
@@ -59,12 +66,38 @@ def results(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.fixture
-def unbroken(small_star: Path, tmp_path: Path) -> dict[str, bytes]:
-    faml_gpu.classify(small_star, 2, tmp_path / "unbroken", **OPTIONS)
-    found = results(tmp_path / "unbroken")
-    assert {"run_class002.mrc", "run_data.star", f"run_it{ITERATIONS:03d}_class001.mrc"} <= found.keys()
+@pytest.fixture(scope="module")
+def small_star(tmp_path_factory: pytest.TempPathFactory, small_simulation: Simulation) -> Path:
+    """One for all: what runs made of it is compared."""
+    return write_simulation(tmp_path_factory.mktemp("data"), small_simulation)
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_star: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    faml_gpu.classify(small_star, 2, out, **OPTIONS)
+    found = results(out)
+    expected = {
+        "run_class002.mrc",
+        "run_data.star",
+        "run_class_posteriors.star",
+        f"run_it{ITERATIONS:03d}_class001.mrc",
+    }
+    assert expected <= found.keys()
     return found
+
+
+@pytest.fixture(scope="module")
+def seconds(small_star: Path, tmp_path_factory: pytest.TempPathFactory, unbroken: dict[str, bytes]) -> float:
+    """What a process of its own takes from its first file to its end, report included."""
+    out = tmp_path_factory.mktemp("measured") / "out"
+    process = begun(small_star, out)
+    start = time.monotonic()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    took = time.monotonic() - start
+    assert results(out) == unbroken
+    return took
 
 
 class StopError(Exception):
@@ -130,24 +163,41 @@ def test_other_data_are_refused(small_star: Path, tmp_path: Path, contents: Cont
     assert contents(out) == before
 
 
-def started(star: Path, out: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own, in the middle of its run."""
-    command = [*SLOW, "classify", str(star), "-k", "2", "-o", str(out), *FLAGS]
+def begun(star: Path, out: Path, program: Sequence[str] = MAIN) -> subprocess.Popen[str]:
+    """The command in a process of its own, once its first file is there."""
+    command = [*program, "classify", str(star), "-k", "2", "-o", str(out), *FLAGS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
-    while not (out / "run_it002_checkpoint.json").exists():
+    while not (out / "run.json").exists():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "no second iteration within two minutes"
+        assert time.monotonic() < end, "nothing begun within two minutes"
         time.sleep(0.002)
     return process
 
 
+def begun_to(batch: int, star: Path, out: Path, seconds: float) -> subprocess.Popen[str]:
+    """The same, while it is in a batch (six are an iteration) that takes some seconds."""
+    process = begun(star, out, [sys.executable, "-c", SLOW.format(batch=batch, seconds=seconds)])
+    assert process.stdout is not None
+    while process.stdout.readline() != "batch\n":
+        assert process.poll() is None, process.communicate()
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What it said on stderr until it ended."""
+    _, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors
+    return errors
+
+
 def test_sigkill(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    process = started(small_star, out)
+    process = begun_to(13, small_star, out, 10)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+    assert (out / "run_it002_checkpoint.json").exists()
     assert not (out / "run_class001.mrc").exists()
     command = [*MAIN, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS, "--resume"]
     subprocess.run(command, check=True, capture_output=True)
@@ -159,20 +209,33 @@ def test_sigkill(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -
 MOMENTS = [*range(10), *(pytest.param(i, marks=(pytest.mark.rare, pytest.mark.slow)) for i in range(10, 50))]
 
 
+def stage(out: Path) -> str:
+    """How far a run had come, by the files that are there."""
+    if (out / "report.html").exists():
+        return "after the report"
+    if json.loads((out / "run.json").read_text())["status"] == "finished":
+        return "report"
+    if (out / "run_class001.mrc").exists():
+        return "final files"
+    return f"iteration {len(set(out.glob('run_it*_model.star'))) + 1}"
+
+
 @pytest.mark.parametrize("trial", MOMENTS)
-def test_killed_at_any_moment(trial: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+def test_killed_at_any_moment(
+    trial: int,
+    small_star: Path,
+    tmp_path: Path,
+    unbroken: dict[str, bytes],
+    seconds: float,
+    record_property: Callable[[str, object], None],
+) -> None:
     """Within an iteration, while files are written, while the report is made, or just after the end."""
     out = tmp_path / "out"
-    command = [*MAIN, "classify", str(small_star), "-k", "2", "-o", str(out), *FLAGS]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    end = time.monotonic() + 120
-    while not (out / "run.json").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "nothing begun within two minutes"
-        time.sleep(0.002)
-    time.sleep(np.random.default_rng(trial).uniform(0, LONG))
+    process = begun(small_star, out)
+    time.sleep(np.random.default_rng(trial).uniform(0, seconds))
     process.kill()
     process.communicate()
+    record_property("stage", "ended" if process.returncode == 0 else stage(out))
     # A leading dot marks a file that was being written: glob finds those too, and a resumed run removes them.
     for path in out.glob("[!.]*.mrc"):
         assert path.read_bytes() == unbroken[path.name]
@@ -188,19 +251,44 @@ def test_killed_at_any_moment(trial: int, small_star: Path, tmp_path: Path, unbr
 def test_interrupted(
     number: signal.Signals, status: int, small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
+    """In the second batch of the second iteration: that is kept as well."""
     out = tmp_path / "out"
-    process = started(small_star, out)
+    process = begun_to(8, small_star, out, 3)
     process.send_signal(number)
-    _, errors = process.communicate()
+    errors = ended(process)
     assert process.returncode == status, errors
-    assert "Traceback" not in errors
+    first, last = errors.splitlines()
+    assert first == "stopping after this batch; the same again stops at once"
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+    told, _, command = last.partition("; go on with: ")
+    assert told == f"{word}; kept: 2 of 6 particles of iteration 2"
+    assert (out / "run_unfinished.json").exists()
     assert not (out / "run_class001.mrc").exists()
     assert not list(out.glob(".*"))
     # The line it prints is the command to go on with, word for word.
-    words = shlex.split(errors.partition("go on with: ")[2])
+    words = shlex.split(command)
     assert words[0] == "faml-gpu"
-    subprocess.run([*MAIN, *words[1:]], check=True, capture_output=True)
+    log = tmp_path / "log.jsonl"
+    subprocess.run([*MAIN, *words[1:], "--log-json", str(log)], check=True, capture_output=True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["event"] == "iteration"] == [2, 3, 4, 5]
     assert results(out) == unbroken
+
+
+def test_interrupted_twice(small_star: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    """A batch may take long, and the user be in a hurry."""
+    out = tmp_path / "out"
+    process = begun_to(1, small_star, out, 60)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    errors = ended(process)
+    assert time.monotonic() - start < 30
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; no iteration was completed: nothing to go on from"
+    assert not (out / "run_unfinished.json").exists()
 
 
 @pytest.mark.parametrize("writes", [0, 1, 5, 6, 7, 8, 9, 15, 23])

@@ -18,12 +18,12 @@ PACKAGE = ROOT / "faml_gpu"
 # A module may import from its own rank or a lower one; __init__ hands out names lazily and is left out.
 RANKS = [
     {"errors", "profile"},
-    {"options", "config", "data", "array_backend", "device_info"},
+    {"options", "config", "data", "array_backend", "device_info", "stopping"},
     {"kernels"},
     {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry", "resolution"},
     {"metrics"},
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io"},
-    {"posteriors", "uncertainty", "noise", "run_reader"},
+    {"posteriors", "unfinished", "uncertainty", "noise", "run_reader"},
     {"report"},
     {"plan"},
     {"symmetry_axes"},
