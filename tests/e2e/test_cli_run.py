@@ -49,6 +49,7 @@ def test_classify_leaves_what_is_promised(small_star: Path, tmp_path: Path) -> N
     for i in (1, 2):
         expected |= {f"run_it00{i}_{rest}" for rest in ("class001.mrc", "class002.mrc", "data.star", "model.star")}
         expected |= {f"run_it00{i}_checkpoint.{suffix}" for suffix in ("json", "npz")}
+    expected |= {f"{stem}_coverage.npz" for stem in ("run", "run_it001", "run_it002")}
     assert names == expected
 
     with mrcfile.open(out / "run_class001.mrc") as mrc:
