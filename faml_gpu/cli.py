@@ -39,6 +39,8 @@ __all__ = ["app", "main"]
 INPUT_PANEL, START_PANEL, METHOD_PANEL, RUN_PANEL = "Input", "Start", "Method", "Run and output"
 PARTICLES_PANEL, IMAGING_PANEL = "Particles", "Imaging"  # of `simulate`
 TOLD_EVERY = 60.0  # seconds, in a log, of a step that takes long
+TOLD_FROM = 1.0  # seconds: quicker steps get no line
+GROWING = 0.6  # of the iterations, at most, in which the band grows, see `Plan.r_max`
 
 app = typer.Typer(
     help="Average and classify cryo-electron subtomograms without a reference (FAML).",
@@ -903,7 +905,8 @@ def _run(particles: str, n_classes: int, options: dict[str, Any]) -> None:
 
         device, reason = choose_device(options["device"])
         typer.echo(f"faml-gpu {__version__}: {device} ({reason}), {n_threads(options['threads'])} threads")
-        with Display(options["iterations"], log) as display, _profiled(profile, device, options["threads"]):
+        shown = Display(options["iterations"], log, parts=options["halves"])
+        with shown as display, _profiled(profile, device, options["threads"]):
             result = classify(
                 particles,
                 n_classes,
@@ -993,40 +996,77 @@ def _gigabytes(size: int) -> str:
     return f"{size / 2**30:.2f} GB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GB"
 
 
-class Display:
-    """Progress: bars on a terminal, one plain line an iteration in a log."""
+@dataclass
+class Step:
+    """A step of a run, by what was told of it; `first` of `total` were done when it began."""
 
-    def __init__(self, iterations: int, log: Path | None = None) -> None:
+    name: str
+    first: int
+    total: int
+    done: int
+    started: float
+    at: float
+
+    def left(self) -> float | None:
+        """Seconds, at the mean pace so far; None before anything is done."""
+        if self.done <= self.first:
+            return None
+        return (self.at - self.started) / (self.done - self.first) * (self.total - self.done)
+
+    def part(self) -> tuple[str, int] | None:
+        """Of a step that is an iteration: the part of the run it belongs to ("" if it has none), and its number."""
+        part, found, number = self.name.rpartition("iteration ")
+        return (part.removesuffix(", "), int(number)) if found and number.isdecimal() else None
+
+
+class Display:
+    """Progress: bars on a terminal, in a log one plain line a step or iteration.
+
+    Parameters
+    ----------
+    iterations : of the run, or of each of its parts
+    log : file for lines of JSON
+    parts : the run has several, of which each has the time that is left of it
+    """
+
+    def __init__(self, iterations: int, log: Path | None = None, *, parts: bool = False) -> None:
         self._iterations = iterations
+        self._parts = parts
         self._log = log
         self._log_begun = False
         self._console = Console(highlight=False)
         self._bars: Bars | None = None
-        self._shown = ""
-        self._started = self._step_started = self._told = time.monotonic()
+        self._step: Step | None = None
+        self._first: IterationRecord | None = None  # of the part of the run
+        self._started = self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         self._tell("start", version=__version__, command=sys.argv)
         if self._console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
             self._bars = Progress(
                 TextColumn("{task.description:<16}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                # Not rich's own: that forgets all that is older than half a minute.
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
                 console=self._console,
             )
-            self._whole = self._bars.add_task("iterations", total=self._iterations, visible=self._iterations > 0)
-            self._part = self._bars.add_task("preparing", total=1)
+            self._whole = self._bars.add_task(
+                "iterations", total=self._iterations, visible=self._iterations > 0, left=""
+            )
+            self._part = self._bars.add_task("preparing", total=1, left="")
             self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._end_step()
         if self._bars is not None:
             self._bars.stop()
         ends = {KeyboardInterrupt: "interrupted", _Terminated: "terminated"}
@@ -1036,29 +1076,67 @@ class Display:
     def step(self, name: str, done: int, total: int) -> None:
         """Within an iteration: `done` of `total` of the step `name`."""
         now = time.monotonic()
-        another = name != self._shown
-        if another:
-            self._shown, self._step_started, self._told = name, now, now
+        if self._step is None or name != self._step.name or done < self._step.done:
+            self._end_step()
+            self._step, self._told = Step(name, done, total, done, now, now), now
+            if self._bars is not None:
+                self._bars.reset(self._part, total=max(total, 1), description=name, left="")
+                if (part := self._step.part()) is not None:
+                    self._bars.update(self._whole, description=part[0] or "iterations", completed=part[1] - 1)
+                    if part[1] == 1:
+                        self._bars.update(self._whole, left="")
+        self._step.done, self._step.total, self._step.at = done, total, now
+        left = self._step.left()
         if self._bars is not None:
-            if another:
-                self._bars.reset(self._part, total=max(total, 1), description=name)
-            self._bars.update(self._part, completed=done, total=max(total, 1))
-        if 0 < done < total and now - self._told >= TOLD_EVERY:
-            left = (now - self._step_started) / done * (total - done)
-            self._tell("step", step=name, done=done, total=total, seconds_left=round(left, 1))
+            told = "" if left is None else f"left {_seconds(left)}"
+            self._bars.update(self._part, completed=done, total=max(total, 1), left=told)
+        if left is not None and done < total and now - self._told >= TOLD_EVERY:
+            self._tell_step(left)
             if self._bars is None:
-                self.say(f"{name}: {done} of {total}, {_seconds(left)} left")
+                self.say(f"{name}: {done} of {total}, left {_seconds(left)}")
             self._told = now
+
+    def _end_step(self, *, told: bool = False) -> None:
+        """The step that went on is over; `told`: a line tells of it."""
+        if self._step is not None:
+            self._tell_step(0.0)
+            seconds = self._step.at - self._step.started
+            if self._bars is None and not told and seconds >= TOLD_FROM:
+                self.say(f"{self._step.name}: {self._step.done} in {_seconds(seconds)}")
+        self._step = None
+
+    def _tell_step(self, left: float) -> None:
+        if self._step is not None:
+            facts = {"step": self._step.name, "done": self._step.done, "total": self._step.total}
+            seconds = self._step.at - self._step.started
+            self._tell("step", **facts, seconds=round(seconds, 1), seconds_left=round(left, 1))
 
     def iteration(self, record: IterationRecord) -> None:
         """After an iteration."""
         now = time.monotonic()
-        line = _iteration_line(record, self._iterations, now - self._started)
-        self._tell("iteration", of=self._iterations, **asdict(record))
+        self._end_step(told=True)
+        if self._first is None or self._first.iteration >= record.iteration:
+            self._first = record
+        seconds = 0.0 if record.converged else sum(record.seconds.values()) * (self._iterations - record.iteration)
+        left = "" if seconds == 0 else self._left(record, seconds)
+        line = _iteration_line(record, self._iterations, now - self._started) + (left and f"  {left}")
+        if left and self._parts:
+            line += f" of {record.part or 'this part'}"
+        self._tell("iteration", of=self._iterations, **asdict(record), seconds_left=round(seconds, 1))
         self._started = now
         self.say(line)
         if self._bars is not None:
-            self._bars.update(self._whole, completed=record.iteration)
+            description = record.part or "iterations"
+            self._bars.update(self._whole, completed=record.iteration, description=description, left=left)
+
+    def _left(self, record: IterationRecord, seconds: float) -> str:
+        """What is left if the others take as long as this one: while the band grows they take longer."""
+        limit = "about"
+        if record.iteration >= GROWING * self._iterations:
+            limit = "at most"  # it may converge
+        elif self._first is not None and record.r_max > self._first.r_max:
+            limit = "more than"
+        return f"left {limit} {_seconds(seconds)}"
 
     def _tell(self, event: str, **facts: Any) -> None:
         """A line of JSON for programs that watch the run; it is in the file as soon as it has happened.
@@ -1132,6 +1210,11 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception: files in the making are cleared away, the lock is released."""
 
 
+def _note(text: str) -> None:
+    """A line on stderr while a run goes on: not by `typer.echo`, which bars would be drawn over."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _ending(resume: Resume) -> Iterator[Stopping]:
     """Turn the ways a run can end early into one message on stderr and an exit status.
@@ -1144,12 +1227,12 @@ def _ending(resume: Resume) -> Iterator[Stopping]:
         stopping.ask(KeyboardInterrupt() if number == signal.SIGINT else _Terminated())
         # It waits. In a thread, since the signal may have come while the other was writing to the same stream.
         text = "stopping after this batch; the same again stops at once"
-        threading.Thread(target=typer.echo, args=(text,), kwargs={"err": True}, daemon=True).start()
+        threading.Thread(target=_note, args=(text,), daemon=True).start()
 
     def tell(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
-        typer.echo(f"warning: {message}", err=True)
+        _note(f"warning: {message}")
 
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background shells have it ignored

@@ -7,8 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+import warnings
+from dataclasses import fields, replace
 from datetime import datetime
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,11 +20,13 @@ import mrcfile
 import numpy as np
 import pytest
 import starfile
+from rich.console import Console
 from typer.testing import CliRunner
 
 import faml_gpu
 from faml_gpu import cli
 from faml_gpu.cli import Shared, app
+from faml_gpu.data import IterationRecord
 from faml_gpu.options import Options
 from faml_gpu.simulate import Simulation
 
@@ -184,12 +189,18 @@ def test_a_log_for_programs(small_star: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     run("average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--log-json", str(log))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    names = ["start, averages", "iteration 1", "iteration 2", "averages"]
+    assert [(s["step"], s["done"], s["total"]) for s in steps if "ing " not in s["step"]] == [(n, 6, 6) for n in names]
+    assert all(s["seconds"] >= 0 == s["seconds_left"] for s in steps)
+    lines = [line for line in lines if line["event"] != "step"]
     assert [line["event"] for line in lines] == ["start", "iteration", "iteration", "end"]
     assert lines[0]["version"] == faml_gpu.__version__
     history = json.loads((tmp_path / "out" / "run.json").read_text())["iterations"]
     for line, record in zip(lines[1:3], history, strict=True):
         assert {name: line[name] for name in record} == record
         assert line["of"] == 2
+        assert line["seconds_left"] == round(sum(record["seconds"].values()) * (2 - record["iteration"]), 1)
         assert datetime.fromisoformat(line["time"]).tzinfo is not None
     assert (lines[3]["status"], lines[3]["message"]) == ("finished", "")
 
@@ -222,83 +233,131 @@ def test_the_log_tells_how_a_run_ended(small_star: Path, tmp_path: Path, monkeyp
         monkeypatch.setattr("faml_gpu.pipeline.classify", Mock(side_effect=error))
         assert CliRunner().invoke(app, command).exit_code > 128
         assert last() == (told, "")
-    assert len(log.read_text().splitlines()) == 6  # they follow one another
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert [event for event in events if event != "step"] == ["start", "end"] * 3  # they follow one another
 
 
-def test_a_step_that_takes_long_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In a log: once a minute, with what is left of it; 100 of 400 particles in 80 s leave 240 s."""
-    clock = Mock(return_value=1000.0)
-    monkeypatch.setattr(cli.time, "monotonic", clock)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    found = Mock(return_value=1000.0)
+    monkeypatch.setattr(cli.time, "monotonic", found)
+    return found
+
+
+def test_a_step_that_takes_long_is_told_of(tmp_path: Path, clock: Mock, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log: once a minute, with what is left of it; 80 of 400 particles in 64 s leave 256 s. And at its end."""
     log = tmp_path / "log.jsonl"
     with cli.Display(3, log) as display:
         for name in ("iteration 1", "iteration 2"):
             for done in (0, 40, 80, 120, 160, 200, 400):
                 display.step(name, done, 400)
                 clock.return_value += 32.0
+        clock.return_value += 1000.0  # of what comes between two steps
+        for done in (0, 400, 0):  # of one half, and then of the other
+            display.step("averages", done, 400)
     told = capsys.readouterr().out.splitlines()
     assert told == [
-        f"iteration {i}: {done} of 400, {left} left" for i in (1, 2) for done, left in ((80, "4 min"), (160, "3 min"))
+        line
+        for i in (1, 2)
+        for line in (
+            f"iteration {i}: 80 of 400, left 4 min",
+            f"iteration {i}: 160 of 400, left 3 min",
+            f"iteration {i}: 400 in 3 min",
+        )
     ]
     steps = [json.loads(line) for line in log.read_text().splitlines()][1:-1]
-    assert [(s["event"], s["step"], s["done"], s["seconds_left"]) for s in steps][:2] == [
-        ("step", "iteration 1", 80, 256.0),
-        ("step", "iteration 1", 160, 192.0),
+    assert [(s["event"], s["step"], s["done"], s["seconds"], s["seconds_left"]) for s in steps] == [
+        *(
+            ("step", f"iteration {i}", done, seconds, left)
+            for i in (1, 2)
+            for done, seconds, left in ((80, 64.0, 256.0), (160, 128.0, 192.0), (400, 192.0, 0.0))
+        ),
+        ("step", "averages", 400, 0.0, 0.0),
+        ("step", "averages", 0, 0.0, 0.0),
     ]
 
 
-def test_a_log_that_fails_later(
-    small_star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The run goes on, and an error that ends it is not hidden by the log's."""
-    log = tmp_path / "new" / "log.jsonl"
-    opened = Path.open
-
-    def full(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path == log:
-            raise OSError(28, "No space left on device")
-        return opened(path, *arguments, **options)
-
-    def interrupted() -> None:
-        with cli.Display(3, log) as display, monkeypatch.context() as patch:
-            patch.setattr(Path, "open", full)
-            display._tell("iteration")
-            display.say("still here")
-            raise KeyboardInterrupt
-
-    with pytest.warns(UserWarning, match="No space.*goes on without"), pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["start"]
-    assert capsys.readouterr().out == "still here\n"
+def test_a_step_that_is_gone_on_with(clock: Mock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 400 particles 300 were done before: 50 in 100 s leave 100 s."""
+    with cli.Display(3) as display:
+        for done in (300, 350, 400):
+            display.step("iteration 2", done, 400)
+            clock.return_value += 100.0
+        display.iteration(record(2))
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "iteration 2: 350 of 400, left 2 min"
+    assert [line[:3] for line in rest] == ["2/3"]  # which tells that it is over
 
 
-def test_a_log_cut_off_in_a_line(small_star: Path, tmp_path: Path) -> None:
+def record(iteration: int, r_max: int = 5, **changes: Any) -> IterationRecord:
+    """Of an iteration that took 30 s a Fourier shell, half of that for each of two steps."""
+    found = IterationRecord(
+        iteration, -1e6, 1.0, 1.0, [1.0], [10], r_max, 40.0, 10, 4.0, 0.1, 2.0, [0.9], 0.1, [1.0], converged=False,
+        seconds={"read": 15.0 * r_max, "expectation": 15.0 * r_max},
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+def test_what_is_left_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The iterations to come as long as the last; they take longer while the band grows, and may not be needed."""
     log = tmp_path / "log.jsonl"
-    log.write_text('{"event": "iter')
-    with cli.Display(3, log):
-        pass
-    first, *lines = log.read_text().splitlines()
-    assert first == '{"event": "iter'
-    assert [json.loads(line)["event"] for line in lines] == ["start", "end"]
+    with cli.Display(10, log) as display:
+        for done in (record(1), record(2, 6), record(6, 8), record(10, 8)):
+            display.iteration(done)
+    with cli.Display(10, log) as display:
+        display.iteration(record(7, 8, converged=True))
+    with cli.Display(4, log, parts=True) as display:
+        for done in (record(3, 8), record(1, 6, part="half 2"), record(2, 7, part="half 2")):
+            display.iteration(done)
+    lines = [line.partition(" s  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "left about 22 min",  # 9 of 150 s
+        "left more than 24 min",  # 8 of 180 s
+        "left at most 16 min",  # 4 of 240 s
+        "",
+        "",
+        "left at most 4 min of this part",
+        "left about 9 min of half 2",
+        "left more than 7 min of half 2",
+    ]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    left = [event["seconds_left"] for event in events if event["event"] == "iteration"]
+    assert left == [1350, 1440, 960, 0, 0, 240, 540, 420]
 
 
-def test_resume_of_a_run_that_its_file_lets_overwrite(small_star: Path, tmp_path: Path) -> None:
-    (tmp_path / "o.toml").write_text("overwrite = true\n")
-    command = ["average", str(small_star), "-o", str(tmp_path / "out"), *FLAGS, "--config", str(tmp_path / "o.toml")]
-    run(*command)
-    before = (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns
-    for order in ([*command, "--resume"], ["average", "--resume", *command[1:]]):
-        run(*order)
-        assert (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns == before
-    run(*command)
-    assert (tmp_path / "out" / "run_it001_checkpoint.npz").stat().st_mtime_ns != before
+def test_bars_on_a_terminal(clock: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the step and of the run is there however long a batch takes, for each part of the run anew."""
+    monkeypatch.setattr(cli, "Console", partial(Console, force_terminal=True, file=StringIO()))
+
+    def bars() -> list[str]:
+        """What is at the left and at the right of each bar, without the time gone by."""
+        shown = StringIO()
+        Console(file=shown, width=80).print(display._bars.get_renderable())
+        return [
+            " ".join(re.sub(r" +[━╸╺ ]{20,}", " | ", re.sub(r"\d:\d\d:\d\d ", "", line)).split())
+            for line in shown.getvalue().splitlines()
+        ]
+
+    with cli.Display(4, parts=True) as display:
+        display.step("iteration 2", 0, 400)
+        assert bars() == ["iterations | 1/4", "iteration 2 | 0/400"]
+        clock.return_value += 90.0
+        display.step("iteration 2", 100, 400)
+        assert bars() == ["iterations | 1/4", "iteration 2 | 100/400 left 4 min"]
+        clock.return_value += 90.0
+        display.step("iteration 2", 400, 400)
+        display.iteration(record(2))
+        assert bars()[-2] == "iterations | 2/4 left about 5 min"
+        display.step("class 2, half 1, iteration 1", 0, 200)
+        assert bars() == ["class 2, half 1 | 0/4", "class 2, half 1, iteration 1 | 0/200"]
+        display.iteration(record(1, part="class 2, half 1"))
+        assert bars()[-2] == "class 2, half 1 | 1/4 left about 8 min"
 
 
-def test_a_log_that_cannot_be_written(small_star: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["average", str(small_star), "-o", str(out), *FLAGS, "--log-json", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "option log-json" in result.stderr
-    assert "Is a directory" in result.stderr
-    assert not out.exists()
+def test_warnings_stand_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past rich, the bars would be drawn over them."""
+    shown = StringIO()
+    monkeypatch.setattr(cli, "Console", partial(Console, force_terminal=True, file=shown))
+    with cli._ending(cli.Resume(None)), cli.Display(4):
+        warnings.warn("the box is tight", stacklevel=1)
+    assert "warning: the box is tight" in shown.getvalue()

@@ -256,6 +256,8 @@ def test_overwrite_removes_only_what_runs_write(tmp_path: Path) -> None:
     for name in foreign:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".run_it002_class001.4242-0123abcd.tmp.mrc").write_text("left by a killed run")
+    for name in ("run_unfinished.npz", "run_unfinished.json", "run_half2_class001_unfinished.json"):
+        (tmp_path / name).write_text("left by a run that was stopped")
     with RunFolder(tmp_path, overwrite=True) as folder:
         folder.begin(facts())
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*foreign, "run.json", ".run.lock"])
