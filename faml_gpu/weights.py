@@ -182,7 +182,8 @@ def read_layout(array: NDArray[Any], box: int, name: str = "weight", *, premulti
         if not premultiplied:
             raise InputError(
                 f"{name}: Fourier weight with multiplicities behind it, shape (z, y, x) = {array.shape}, expected "
-                "boxes that are multiplied by their CTF (rlnCtfDataAreCtfPremultiplied 1)"
+                "boxes that are multiplied by their CTF (rlnCtfDataAreCtfPremultiplied 1): of others nothing says whether "
+                "they are sums or means of their images, and so what noise they have"
             )
         # The boxes are sums of CTF * image, their noise has the variance sigma^2 * sum of CTF^2: how many images those
         # sums have adds nothing to it.
