@@ -29,6 +29,7 @@ PART = 0.3  # seconds that a part should take
 LEAST, PARTS = 3, 5  # so many are timed, and at most so many; what counts is their median
 MAKERS = 24  # particles whose averages the others are compared with: noise and all, as in a run, they are not sharper
 FIXED = ("references", "maximization")  # steps that are done once for each fold, however many particles there are
+BESIDE = 5.0  # seconds of any run besides: the program's start, report and pictures
 LAST = 20  # iterations of the plan that is timed
 CHECKPOINTS = 2
 STAR_ROW = 400  # bytes of a particle in an iteration's STAR file, paths of usual length
@@ -44,8 +45,8 @@ class Forecast:
     measured : particles that were timed
     batch : particles worked on at a time
     first, full : seconds of an iteration at the coarsest and at all detail
-    total : seconds of start, all iterations, if it does not converge before nor evidence hold its band back, and final
-        averages
+    total : seconds of start, all iterations, if it does not converge before nor evidence hold its band back, final
+        averages and report
     host, device : most memory, bytes; device is None on the CPU
     disk : bytes in the output folder at the end
     """
@@ -101,10 +102,10 @@ def forecast(
         coarse = replace(full, r_final=whole.r_start)
         batch = min(whole.batch.size, max(1, n // folds))
         widest = min(whole.batch.size, n)  # of the final averages, which have no folds
-        made_of, timed = _apart(len(particles), max(widest, 2 * options.n_classes))
+        made_of, timed = _apart(len(particles), max(options.n_classes, min(MAKERS, widest)))
         # As many at a time as there are threads to share them, but no more than in a batch of the run.
-        most = min(len(timed), max(batch, options.n_classes))
-        few, taken = min(most, max(threads, options.n_classes)), 0
+        most, taken = min(len(timed), batch), 0
+        few = min(most, threads)
         faml.begin(full, Subset(particles, made_of[:few]), reference, use_poses)  # compiles
         before, start = _peak_bytes(), time.perf_counter()
         state = faml.begin(full, Subset(particles, made_of), reference, use_poses).state
@@ -151,6 +152,7 @@ def forecast(
     of_starts = sum(first * (r / whole.r_start) ** power for r in bands[: whole.tried])
     total += (options.starts - 1) * of_starts
     total += (options.starts * of_start + at_full[2]) * n
+    total *= 2 if options.halves else 1
     poses = options.candidates * POSE * n * options.n_classes
     maps = 4 * whole.box**3 * options.n_classes
     kept = maps * (1 + (folds if folds > 1 else 0))  # averages, and those without each fold
@@ -162,19 +164,19 @@ def forecast(
         batch=batch,
         first=first,
         full=last,
-        total=total * (2 if options.halves else 1),
+        total=total + BESIDE,
         host=int(peak + more * slope + 2 * poses + 2 * kept + sums),
         device=None if on_device is None else int(on_device * (1 + more / len(made_of))),
         disk=int(disk),
     )
 
 
-def _apart(n: int, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Some of n particles to make averages of, and the others; both spread over the input. One is both."""
-    makers = np.unique(np.linspace(0, n - 1, min(MAKERS, most, max(1, n // 2))).astype(np.int64))
-    others = np.setdiff1d(np.arange(n), makers)
+def _apart(n: int, makers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """So many of n particles, half at most, to make averages of, and the others; spread over the input. One is both."""
+    made_of = np.unique(np.linspace(0, n - 1, min(makers, max(1, n // 2))).astype(np.int64))
+    others = np.setdiff1d(np.arange(n), made_of)
     # Timed in any order: they may lie in the file by class, or by tomogram.
-    return makers, np.random.default_rng(0).permutation(others) if len(others) else makers
+    return made_of, np.random.default_rng(0).permutation(others) if len(others) else made_of
 
 
 def _as_they_lie(n: int, n_classes: int) -> Posterior:

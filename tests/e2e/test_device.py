@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import faml_gpu
-from faml_gpu import array_backend, faml, fourier, noise, plan, voronoi
+from faml_gpu import array_backend, dry_run, faml, fourier, noise, plan, voronoi
 from faml_gpu.data import Groups, Result
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import rotation_angle
@@ -193,3 +193,12 @@ def test_profiler_ranges_carry_the_names_of_the_steps(particles: ArrayParticles,
     for name in [*steps, "expectation", "residuals", "posterior", "rotate back", "maximization"]:
         assert name in emulated_gpu.ranges
     assert emulated_gpu.open_ranges == 0
+
+
+def test_a_forecast_on_a_gpu(particles: ArrayParticles, device: Any) -> None:
+    """It goes through, on the device, and tells of its memory."""
+    options = Options(n_classes=2, candidates=6, bandwidth=BANDWIDTH)
+    found = dry_run.forecast(particles, options, 100, device="cuda:0")
+    assert 0 < found.first < found.total
+    assert found.device is not None
+    assert found.device > 0
