@@ -15,7 +15,7 @@ from scipy import fft, ndimage, optimize
 from scipy.spatial.transform import Rotation
 
 from faml_gpu.errors import InputError
-from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, transform, weight_grid
+from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, make_support, transform, weight_grid
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.masks import soft_sphere
@@ -51,6 +51,8 @@ Int64 = NDArray[np.int64]
 GAUGE_REACH = 20.0  # degrees: poses farther than this from a gauge do not speak for it
 SEARCH_STEP = 15.0  # degrees between the rotations of the global search
 SEARCH_KEPT = 10  # rotations of the global search that are refined
+SEARCH_PADDING = 2  # of what is turned in Fourier space
+SEARCH_AT_ONCE = 256  # rotations
 PAIR_PADDING = 2  # of the boxes that are turned in Fourier space
 STRUCTURE_LEVEL = 0.25  # of the way from the background to the brightest voxels: above it is structure
 
@@ -478,21 +480,23 @@ def _search(
     moving = _resample(lowpass(truth, resolution, voxel_size), size)
     mask = soft_sphere(size, radius / scale, 1.0)
     moving = mask * (moving - np.sum(mask * moving) / np.sum(mask))
-    target = fft.rfftn(_resample(lowpass(average, resolution, voxel_size), size))
+    support = make_support(size, max(1, (size - 1) // 2))
+    grid = interpolation_grid(moving[None], support.r_max, SEARCH_PADDING)[0]
+    target = support.gather(transform(_resample(lowpass(average, resolution, voxel_size), size)))
     # Shifts beyond a quarter of the box are no alignment of two centred maps but wrap around.
     away = soft_sphere(size, size / 4, 0) == 0
     rotations = _rotation_grid(SEARCH_STEP)
     scores, peaks = np.empty(len(rotations)), np.empty((len(rotations), 3))
-    for i, rotation in enumerate(rotations):
-        moved = rotate_map(moving, rotation, order=1)
+    for first in range(0, len(rotations), SEARCH_AT_ONCE):
+        some = slice(first, first + SEARCH_AT_ONCE)
+        moved = rotate(grid, rotations[some], support.coords, SEARCH_PADDING)
         # Linear interpolation damps some rotations more than others.
-        moved /= np.linalg.norm(moved)
-        spectrum = fft.rfftn(moved)
-        match = fft.fftshift(fft.irfftn(target * spectrum.conj(), s=(size,) * 3))
-        match[away] = -np.inf
-        best = np.unravel_index(np.argmax(match), match.shape)
-        scores[i] = match[best]
-        peaks[i] = (np.array(best[::-1]) - size // 2) * scale
+        moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+        match = inverse_transform(support.scatter(target * moved.conj()), size)
+        match[:, away] = -np.inf
+        best = match.reshape(len(match), -1).argmax(axis=1)
+        scores[some] = match.reshape(len(match), -1)[np.arange(len(match)), best]
+        peaks[some] = (np.stack(np.unravel_index(best, away.shape)[::-1], axis=1) - size // 2) * scale
     chosen = np.argsort(-scores, kind="stable")[:SEARCH_KEPT]
     return [(rotations[i], peaks[i]) for i in chosen]
 

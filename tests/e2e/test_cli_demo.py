@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from faml_gpu.cli import app
 
 
+@pytest.mark.rare  # .ci/run runs the same by the README's command, and looks at the same figures
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo")], catch_exceptions=False)

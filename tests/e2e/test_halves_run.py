@@ -355,7 +355,11 @@ def test_sigkill(small_star: Path, tmp_path: Path, whole: dict[str, bytes]) -> N
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("writes", [22, 23, 24, 26, 29, 38, 62, 70, 72, 77, 81, 90])
+# In the first half, between halves, among the final files; the others with -m rare.
+FILES = [24, 62, 90, *(pytest.param(n, marks=pytest.mark.rare) for n in (22, 23, 26, 29, 38, 70, 72, 77, 81))]
+
+
+@pytest.mark.parametrize("writes", FILES)
 def test_killed_at_any_file(
     writes: int, small_star: Path, tmp_path: Path, whole: dict[str, bytes], disk_full: Any
 ) -> None:
