@@ -218,6 +218,48 @@ def test_integral_and_class_posterior_against_every_pose(case):
     np.testing.assert_allclose(posterior.class_probability, expected, atol=0.01)
 
 
+def mass_of(case, particle, rotations, shifts):
+    parts = np.array_split(rotations, 1 + len(rotations) // 1000)
+    return np.concatenate([logsumexp(case.log_posterior(particle, 0, part, shifts), axis=1) for part in parts])
+
+
+def poses_by_brute_force(case, particle):
+    """Rotations of cells 3.75 degrees wide and their masses, summed over all shifts half a voxel apart.
+
+    All cells of 15 degrees are tried, then the parts of those that hold more than 1e-5 of the largest mass.
+    """
+    shifts = joint.shift_grid(MAX_SHIFT, 0.5)
+    cells = joint.all_cells(2)
+    for _ in range(2):
+        mass = mass_of(case, particle, joint.cell_rotations(*cells), shifts)
+        cells = [x[mass > mass.max() + np.log(1e-5)] for x in cells]
+        cells = [x.reshape(-1) for x in joint.cell_children(*cells)]
+    rotations = joint.cell_rotations(*cells)
+    mass = mass_of(case, particle, rotations, shifts)
+    return rotations, np.exp(mass - logsumexp(mass))
+
+
+def moments(rotations, mass):
+    """Means of the elements of R and of their products: all Wigner functions of degrees 1 and 2."""
+    flat = rotations.reshape(-1, 9)
+    return np.concatenate([mass @ flat, np.einsum("i,ij,ik->jk", mass, flat, flat).ravel()])
+
+
+def test_posterior_over_rotations_against_every_pose(oracles):
+    case = Case(oracles, 60.0)
+    candidates, volumes = case.integrate()
+    log_mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
+    for b in range(2):
+        rotations, mass = candidates.rotations[b], np.exp(log_mass[b] - logsumexp(log_mass[b]))
+        expected = poses_by_brute_force(case, b)
+        # 1 % of the mass is cut off, and cells that are not split stand for their centres.
+        np.testing.assert_allclose(moments(rotations, mass), moments(*expected), atol=0.03)
+        best = rotations[mass.argmax()]
+        for angle in (10, 20, 40, 90):
+            found, true = (m[rotation_angle(r, best) < angle].sum() for r, m in ((rotations, mass), expected))
+            assert abs(found - true) < 0.1
+
+
 def together(case, particles=slice(None)):
     observation = case.observation
     if particles != slice(None):
