@@ -27,6 +27,7 @@ from rich.console import Console
 
 from faml_gpu import __version__
 from faml_gpu.errors import InputError
+from faml_gpu.options import GROWING
 from faml_gpu.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ INPUT_PANEL, START_PANEL, METHOD_PANEL, RUN_PANEL = "Input", "Start", "Method", 
 PARTICLES_PANEL, IMAGING_PANEL = "Particles", "Imaging"  # of `simulate`
 TOLD_EVERY = 60.0  # seconds, in a log, of a step that takes long
 TOLD_FROM = 1.0  # seconds: quicker steps get no line
-GROWING = 0.6  # of the iterations, at most, in which the band grows, see `Plan.r_max`
 
 app = typer.Typer(
     help="Average and classify cryo-electron subtomograms without a reference (FAML).",
@@ -1007,11 +1007,15 @@ class Step:
     started: float
     at: float
 
+    @property
+    def seconds(self) -> float:
+        return self.at - self.started
+
     def left(self) -> float | None:
         """Seconds, at the mean pace so far; None before anything is done."""
         if self.done <= self.first:
             return None
-        return (self.at - self.started) / (self.done - self.first) * (self.total - self.done)
+        return self.seconds / (self.done - self.first) * (self.total - self.done)
 
     def part(self) -> tuple[str, int] | None:
         """Of a step that is an iteration: the part of the run it belongs to ("" if it has none), and its number."""
@@ -1091,25 +1095,22 @@ class Display:
             told = "" if left is None else f"left {_seconds(left)}"
             self._bars.update(self._part, completed=done, total=max(total, 1), left=told)
         if left is not None and done < total and now - self._told >= TOLD_EVERY:
-            self._tell_step(left)
+            self._tell_step(self._step, left)
             if self._bars is None:
                 self.say(f"{name}: {done} of {total}, left {_seconds(left)}")
             self._told = now
 
     def _end_step(self, *, told: bool = False) -> None:
         """The step that went on is over; `told`: a line tells of it."""
-        if self._step is not None:
-            self._tell_step(0.0)
-            seconds = self._step.at - self._step.started
-            if self._bars is None and not told and seconds >= TOLD_FROM:
-                self.say(f"{self._step.name}: {self._step.done} in {_seconds(seconds)}")
-        self._step = None
+        step, self._step = self._step, None
+        if step is not None:
+            self._tell_step(step, 0.0)
+            if self._bars is None and not told and step.seconds >= TOLD_FROM:
+                self.say(f"{step.name}: {step.done} in {_seconds(step.seconds)}")
 
-    def _tell_step(self, left: float) -> None:
-        if self._step is not None:
-            facts = {"step": self._step.name, "done": self._step.done, "total": self._step.total}
-            seconds = self._step.at - self._step.started
-            self._tell("step", **facts, seconds=round(seconds, 1), seconds_left=round(left, 1))
+    def _tell_step(self, step: Step, left: float) -> None:
+        facts = {"step": step.name, "done": step.done, "total": step.total}
+        self._tell("step", **facts, seconds=round(step.seconds, 1), seconds_left=round(left, 1))
 
     def iteration(self, record: IterationRecord) -> None:
         """After an iteration."""

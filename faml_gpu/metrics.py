@@ -15,7 +15,15 @@ from scipy import fft, ndimage, optimize
 from scipy.spatial.transform import Rotation
 
 from faml_gpu.errors import InputError
-from faml_gpu.fourier import Support, interpolation_grid, inverse_transform, make_support, transform, weight_grid
+from faml_gpu.fourier import (
+    Support,
+    full_band,
+    interpolation_grid,
+    inverse_transform,
+    make_support,
+    transform,
+    weight_grid,
+)
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.masks import soft_sphere
@@ -480,7 +488,7 @@ def _search(
     moving = _resample(lowpass(truth, resolution, voxel_size), size)
     mask = soft_sphere(size, radius / scale, 1.0)
     moving = mask * (moving - np.sum(mask * moving) / np.sum(mask))
-    support = make_support(size, max(1, (size - 1) // 2))
+    support = make_support(size, full_band(size))
     grid = interpolation_grid(moving[None], support.r_max, SEARCH_PADDING)[0]
     target = support.gather(transform(_resample(lowpass(average, resolution, voxel_size), size)))
     # Shifts beyond a quarter of the box are no alignment of two centred maps but wrap around.
@@ -494,8 +502,9 @@ def _search(
         moved /= np.linalg.norm(moved, axis=1, keepdims=True)
         match = inverse_transform(support.scatter(target * moved.conj()), size)
         match[:, away] = -np.inf
-        best = match.reshape(len(match), -1).argmax(axis=1)
-        scores[some] = match.reshape(len(match), -1)[np.arange(len(match)), best]
+        flat = match.reshape(len(match), -1)
+        best = flat.argmax(axis=1)
+        scores[some] = flat.max(axis=1)
         peaks[some] = (np.stack(np.unravel_index(best, away.shape)[::-1], axis=1) - size // 2) * scale
     chosen = np.argsort(-scores, kind="stable")[:SEARCH_KEPT]
     return [(rotations[i], peaks[i]) for i in chosen]

@@ -7,7 +7,9 @@ from typing import Literal
 
 from faml_gpu.errors import InputError
 
-__all__ = ["PRESETS", "Options", "Preset"]
+__all__ = ["GROWING", "PRESETS", "Options", "Preset"]
+
+GROWING = 0.6  # of the iterations: then a band that goes by the schedule is whole, and nothing is held back any more
 
 
 @dataclass(frozen=True)

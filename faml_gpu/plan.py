@@ -32,7 +32,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.fast_alignment import Candidates, JointReference, Observation, Reference, ShiftWindow
 from faml_gpu.fourier import Support
-from faml_gpu.options import Options
+from faml_gpu.options import GROWING, Options
 from faml_gpu.posteriors import likeliest
 
 __all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
@@ -135,7 +135,7 @@ class Plan:
     @property
     def _last_growing(self) -> int:
         """Iteration from which on a band that goes by the schedule is whole, and nothing is held back any more."""
-        return max(1, round(0.6 * self.options.iterations))
+        return max(1, round(GROWING * self.options.iterations))
 
     @property
     def explored(self) -> int:
@@ -360,10 +360,10 @@ class Plan:
     def regularise(self, maps: Float32, mass: NDArray[np.float64], iteration: int) -> Float32:
         """Averages pulled towards their common mean (Scheres 2009), as if each had some more particles that show it.
 
-        How many falls to 0 over the first 60 % of the iterations. A class with few particles is pulled most: its own
-        noise would otherwise count against it for every particle, and it could win none back.
+        How many falls to 0 over the iterations in which the band may grow. A class with few particles is pulled most:
+        its own noise would otherwise count against it for every particle, and it could win none back.
         """
-        last = 0.6 * self.options.iterations
+        last = GROWING * self.options.iterations
         weight = self.regularization * max(0.0, 1 - iteration / last)
         if weight == 0 or len(maps) == 1:
             return maps
