@@ -355,8 +355,8 @@ def test_sigkill(small_star: Path, tmp_path: Path, whole: dict[str, bytes]) -> N
     assert not list(out.glob(".*"))
 
 
-# In the first half, between halves, among the final files; the others with -m rare.
-FILES = [24, 62, 90, *(pytest.param(n, marks=pytest.mark.rare) for n in (22, 23, 26, 29, 38, 70, 72, 77, 81))]
+# Before the last checkpoint of all particles is whole, within a half, among the final files; the others are slow.
+FILES = [24, 62, 90, *(pytest.param(n, marks=pytest.mark.slow) for n in (22, 23, 26, 29, 38, 70, 72, 77, 81))]
 
 
 @pytest.mark.parametrize("writes", FILES)

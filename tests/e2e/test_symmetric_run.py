@@ -50,11 +50,7 @@ def agreement(result: Result, simulation: Simulation) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "known", "groups"),
-    [
-        ("joint", False, ["C7"]),
-        pytest.param("joint", True, ["D7"], marks=pytest.mark.rare),
-        pytest.param("magnitude", True, ["C7", "D7"], marks=pytest.mark.rare),
-    ],
+    [("joint", False, ["C7"]), ("joint", True, ["D7"]), ("magnitude", True, ["C7", "D7"])],
 )
 def test_the_symmetry_of_the_structure_brings_the_average_nearer_to_it(
     simulation: Simulation, sampler: str, known: bool, groups: list[str]
