@@ -1,12 +1,13 @@
 """The pose integral, measured: python bench/integral.py [--quick] [--output FOLDER].
 
-Per particle, four ways to the integral over poses of Eq. 3, given the right averages and noise:
-(a) the paper's sum over magnitude-matched candidates with Voronoi weights, (b) the same without weights, (c) the
-joint grid (sampler `joint`) and (d) the joint grid with more cells, more splitting and more candidates, which serves
-as the truth. Its own error is about the difference to a grid of half as many cells, the row "half of (d)".
+Per particle, ways to the integral over poses of Eq. 3, given the right averages and noise: (a) the paper's sum over
+magnitude-matched candidates with Voronoi weights, (b) the same without weights, (p) the same with the shell means left
+in the magnitudes, (c) the joint grid (sampler `joint`) as a run has it, with more and with fewer poses, and (d) the
+joint grid with more cells, more splitting and more candidates, which serves as the truth. Its own error is about the
+difference to a grid of half as many cells, the row "half of (d)".
 
-Reported over SNR and missing wedge: error of the log marginal likelihood (nats; the constant that (a) and (b) leave
-out, the volume of the box their shares are of, is taken out as the median over particles and classes), total
+Reported over SNR and missing wedge: error of the log marginal likelihood (nats; the constant that (a), (b) and (p)
+leave out, the volume of the box their shares are of, is taken out as the median over particles and classes), total
 variation of the class posterior (K = 2, two phantoms, `wrong` the share of particles whose likeliest class is not
 that of (d)), and error of the update of A, ||A - A_d|| / ||A_d||. Prints a table, writes integral.json and
 integral.png.
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,31 @@ from faml_gpu.expectation import BatchPosterior, expectation
 from faml_gpu.fast_alignment import Candidates, Observation, Reference, joint
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.maximization import direct_average
-from faml_gpu.options import Options
+from faml_gpu.options import Options, Preset
 from faml_gpu.plan import Band, Plan
 from faml_gpu.simulate import groel, ribosome, simulate_particles
 
 METHODS = {
     "a": "matched, Voronoi",
     "b": "matched, no weights",
-    "c": "joint, 200 poses",
+    "p": "matched, shell means",
+    "c": "joint, 50 poses",
+    "more": "joint, 200 poses",
     "few": "joint, 10 poses",
     "half": "joint, half of (d)",
 }
 BOX, VOXEL, R_MAX, L = 32, 12.0, 10, 16
 FINER = {"SELECTED": 1024, "SPLIT": 96, "SPREAD": 1e3, "MASS": 0.9999}
 N_FINER, SHIFTS_FINER, ROUNDS_FINER = 4000, 24, 4
+
+
+@dataclass(frozen=True)
+class PlainMagnitudes(Options):
+    """The shell means left in the magnitudes."""
+
+    @property
+    def choices(self) -> Preset:
+        return replace(super().choices, magnitudes="plain")
 
 
 def magnitude(band: Band, observation: Observation, references: list[Reference], weighted: bool) -> Any:
@@ -120,22 +133,25 @@ def case(snr: float, wedge: float, n: int, seed: int) -> list[dict[str, Any]]:
         tilt_range=(-wedge, wedge),
     )  # fmt: skip
     particles = ArrayParticles(sim.boxes, VOXEL, weights=sim.weight)
-    options = Options(
-        n_classes=2, mask_radius=150, resolution=BOX * VOXEL / R_MAX, bandwidth=L, normalize=False, seed=seed,
-        sampler="magnitude",
-    )  # fmt: skip
-    plan = Plan.make(particles, options)
+    asked: dict[str, Any] = {
+        "n_classes": 2, "mask_radius": 150, "resolution": BOX * VOXEL / R_MAX, "bandwidth": L, "normalize": False,
+        "seed": seed, "sampler": "magnitude",
+    }  # fmt: skip
+    options = Options(**asked)
+    plan, plain = Plan.make(particles, options), Plan.make(particles, PlainMagnitudes(**asked))
     sigma2 = np.full(plan.n_shells, np.mean([t.var() for t in sim.truth]) / snr * BOX**3)
     state = State(options.iterations, sim.truth.astype(np.float32), np.array([0.5, 0.5]), sigma2, 1.0)
-    band = Band(plan, state, plan.r_final, plan.r_final)
+    band, plain_band = (Band(p, state, p.r_final, p.r_final) for p in (plan, plain))
     batch = plan.to_device(particles.read(np.arange(2 * n)))
     spectra = plan.spectra(batch)
-    observation = band.observe(batch, spectra)
+    observation, plain_observation = (b.observe(batch, spectra) for b in (band, plain_band))
     references = band.references()
     ways = {
         "a": lambda: magnitude(band, observation, references, True),
         "b": lambda: magnitude(band, observation, references, False),
-        "c": lambda: grid(band, observation, references, 200, 6, None),
+        "p": lambda: magnitude(plain_band, plain_observation, plain_band.references(), False),
+        "c": lambda: grid(band, observation, references, 50, 1, None),
+        "more": lambda: grid(band, observation, references, 200, 6, None),
         "few": lambda: grid(band, observation, references, 10, 1, None),
         "half": lambda: finer(2, band, observation, references),
         "d": lambda: finer(1, band, observation, references),
@@ -159,7 +175,7 @@ def case(snr: float, wedge: float, n: int, seed: int) -> list[dict[str, Any]]:
     for name in METHODS:
         log_l, classes, averages, seconds, candidates = results[name]
         error = log_l - truth
-        if name in ("a", "b"):
+        if name in ("a", "b", "p"):
             error = error - np.median(error)
         rows.append(
             {
@@ -229,7 +245,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     about = {
         "box": BOX, "r_max": R_MAX, "L": L, "coarse_r": joint.COARSE_R, "coarse_L": joint.COARSE_L, "padding": 2,
-        "candidates": {"magnitude": 50, "joint": [200, 10], "converged": N_FINER},
+        "candidates": {"magnitude": 50, "joint": [50, 200, 10], "converged": N_FINER},
         "threads": threads, "seed": args.seed,
         "machine": f"{platform.machine()} {os.cpu_count()} cores",
     }  # fmt: skip
