@@ -26,7 +26,7 @@ import numpy as np
 
 from faml_gpu import faml, metrics
 from faml_gpu.array_backend import cpu_threads
-from faml_gpu.data import Checkpoint, Groups, best_poses
+from faml_gpu.data import Checkpoint, Groups
 from faml_gpu.fsc import fsc, lowpass
 from faml_gpu.geometry import random_rotations
 from faml_gpu.io.mrc import read_mrc, write_mrc
@@ -35,7 +35,7 @@ from faml_gpu.io.star import read_particles_star
 from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
-from faml_gpu.posteriors import one_hot
+from faml_gpu.posteriors import best_poses, one_hot
 from faml_gpu.simulate import groel, ribosome, simulate_particles, tric
 from faml_gpu.starting import final_averages
 

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from faml_gpu import faml, metrics
-from faml_gpu.data import Checkpoint, best_poses
+from faml_gpu.data import Checkpoint
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options, Preset
 from faml_gpu.plan import Plan
-from faml_gpu.posteriors import one_hot
+from faml_gpu.posteriors import best_poses, one_hot
 from faml_gpu.simulate import groel, ribosome, simulate_particles
 from faml_gpu.starting import final_averages
 

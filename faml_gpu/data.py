@@ -19,7 +19,6 @@ __all__ = [
     "Posterior",
     "Result",
     "State",
-    "best_poses",
     "frames_of",
 ]
 
@@ -182,29 +181,15 @@ class Posterior:
 
 @dataclass(frozen=True)
 class BestPoses:
-    """Most probable class per particle and the most probable pose in it; arrays of length N.
+    """Most probable class per particle and the best pose in it, see `posteriors.best_poses`; arrays of length N.
 
-    `probability` is that of the (class, pose) pair (rlnMaxValueProbDistribution).
+    `probability` is the largest of a pose of that class (rlnMaxValueProbDistribution).
     """
 
     classes: Int64
     rotations: Float64
     shifts: Float64
     probability: Float64
-
-
-def best_poses(posterior: Posterior) -> BestPoses:
-    """The most probable class of each particle, and the most probable pose within that class."""
-    n = len(posterior.class_probability)
-    classes = np.argmax(posterior.class_probability, axis=1).astype(np.int64)
-    inside = posterior.class_index == classes[posterior.particle]
-    # Sort by particle, then by (belongs to its class, probability): the last of each particle is its best.
-    order = np.lexsort((posterior.probability, inside, posterior.particle))
-    last = np.searchsorted(posterior.particle[order], np.arange(n), side="right") - 1
-    best = order[last]
-    return BestPoses(
-        classes, posterior.rotations[best], posterior.shifts[best], np.minimum(posterior.probability[best], 1.0)
-    )
 
 
 @dataclass

@@ -107,7 +107,7 @@ def expectation(
         p = probability[kept]
         p /= np.bincount(particle, p, minlength=b)[particle]
         residual = np.stack(residuals, axis=1)  # (B, K, n, r_max + 1)
-        best = residual.reshape(b, -1, r_max + 1)[np.arange(b), probability.reshape(b, -1).argmax(axis=1)]
+        least = np.where(kept, residual @ precision, np.inf).reshape(b, -1).min(axis=1)
         weight = observation.weights[observation.weight_index] ** 2
         own = to_host(observation.support.shell_sums(weight * abs(observation.spectra) ** 2))
         rotations = np.stack([to_host(c.rotations) for c in candidates])
@@ -122,14 +122,14 @@ def expectation(
             evidence,
             probability.sum(axis=2),
             n_candidates,
-            0.5 * (own - best) @ precision,
+            0.5 * (own @ precision - least),
         )
 
 
 def fitted_scale(
     posterior: BatchPosterior, observation: Observation, references: list[Reference], sigma2: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What to multiply the average by, (B,), to explain each particle best in its most probable class and pose.
+    """What to multiply the average by, (B,), to explain each particle best in its likeliest pose and class.
 
     The least residual w^2 |X - s RA|^2 / sigma^2 is that of s = sum w^2 Re(X conj RA) / sigma^2 over P = sum w^2 |RA|^2
     / sigma^2. The first sum is `gain` + P / 2.
@@ -143,8 +143,8 @@ def fitted_scale(
     xp = namespace(observation.spectra)
     precision = np.zeros(support.r_max + 1)
     precision[1:] = 1 / sigma2[1 : support.r_max + 1]
-    order = np.lexsort((posterior.probability, posterior.particle))
-    best = order[np.searchsorted(posterior.particle[order], np.arange(b), side="right") - 1]
+    order = np.lexsort((posterior.residual @ precision, posterior.particle))
+    best = order[np.searchsorted(posterior.particle[order], np.arange(b))]
     power = np.zeros(b)
     for k, reference in enumerate(references):
         here = posterior.class_index[best] == k

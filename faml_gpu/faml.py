@@ -11,17 +11,7 @@ from numpy.typing import NDArray
 
 from faml_gpu import maximization, voronoi
 from faml_gpu.array_backend import Array, cpu_threads, use_device
-from faml_gpu.data import (
-    Batch,
-    Checkpoint,
-    ParticleSource,
-    Poses,
-    Progress,
-    Result,
-    State,
-    best_poses,
-    progress_of,
-)
+from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Progress, Result, State, progress_of
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior, expectation, fitted_scale, log_normaliser
@@ -30,7 +20,7 @@ from faml_gpu.history import converged, record
 from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
-from faml_gpu.posteriors import gathered, join, scattered
+from faml_gpu.posteriors import best_poses, gathered, join, scattered
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
 from faml_gpu.unfinished import Starts, Unfinished

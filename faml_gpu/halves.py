@@ -26,7 +26,6 @@ from faml_gpu.data import (
     Posterior,
     Progress,
     Result,
-    best_poses,
     frames_of,
     progress_of,
 )
@@ -45,7 +44,7 @@ from faml_gpu.io.star import StarTable
 from faml_gpu.masks import independent_share
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan, resolve
-from faml_gpu.posteriors import gathered, in_frame, scattered
+from faml_gpu.posteriors import best_poses, gathered, in_frame, scattered
 from faml_gpu.resolution import LEAK
 from faml_gpu.starting import average_sums, start
 from faml_gpu.unfinished import Unfinished

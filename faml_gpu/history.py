@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import maximization
-from faml_gpu.data import BestPoses, Checkpoint, IterationRecord, Posterior, State, best_poses
+from faml_gpu.data import BestPoses, Checkpoint, IterationRecord, Posterior, State
 from faml_gpu.geometry import rotation_angle
 from faml_gpu.plan import Band, Clock, Plan
+from faml_gpu.posteriors import best_poses
 from faml_gpu.symmetry import point_group
 
 __all__ = ["converged", "record"]

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import Posterior
+from faml_gpu.data import BestPoses, Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered"]
+__all__ = ["best_poses", "gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered"]
 
 Int64 = NDArray[np.int64]
+
+PAIRS_AT_ONCE = 1_000_000  # of poses, compared
 
 
 def one_hot(
@@ -67,6 +69,38 @@ def likeliest(
     rotations, shifts = np.tile(np.eye(3), (size, n, 1, 1)), np.zeros((size, n, 3))
     rotations[particle, rank], shifts[particle, rank] = posterior.rotations[mine], posterior.shifts[mine]
     return rotations, shifts, np.bincount(particle, minlength=size)
+
+
+def best_poses(posterior: Posterior) -> BestPoses:
+    """The most probable class of each particle, and in it the pose with the least expected angle to the true one.
+
+    Of the poses that carry mass it is the one in the middle of where most of it lies. The one with the most mass would
+    do where each stands for as much of the space of poses as any other; here one may stand for many that are unlike it
+    (`fast_alignment.thinning`), or for a large cell of a Voronoi tessellation.
+    """
+    n = len(posterior.class_probability)
+    classes = np.argmax(posterior.class_probability, axis=1).astype(np.int64)
+    inside = posterior.class_index == classes[posterior.particle]
+    order = np.lexsort((-posterior.probability, ~inside, posterior.particle))
+    first = np.searchsorted(posterior.particle[order], np.arange(n))
+    best = order[first]  # of each particle the one with the most mass, so far
+    count = np.bincount(posterior.particle[inside], minlength=n)
+    most = int(count.max(initial=1))
+    at_once = max(1, PAIRS_AT_ONCE // most**2)
+    for some in np.array_split(np.flatnonzero(count > 2), 1 + n // at_once):  # of two it is that with more mass
+        place = np.arange(most)
+        rows = order[first[some, None] + np.minimum(place, count[some, None] - 1)]
+        mass = np.where(place < count[some, None], posterior.probability[rows], 0)
+        flat = posterior.rotations[rows].reshape(len(some), most, 9)
+        angle = np.arccos(np.clip((flat @ flat.transpose(0, 2, 1) - 1) / 2, -1, 1))
+        expected = (angle * mass[:, None, :]).sum(axis=2)  # beyond the count: that of the last, again
+        best[some] = rows[np.arange(len(some)), expected.argmin(axis=1)]
+    return BestPoses(
+        classes,
+        posterior.rotations[best],
+        posterior.shifts[best],
+        np.minimum(posterior.probability[order[first]], 1.0),
+    )
 
 
 def in_frame(

@@ -28,17 +28,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.data import (
-    Checkpoint,
-    IterationRecord,
-    ParticleSource,
-    Poses,
-    Posterior,
-    Result,
-    State,
-    best_poses,
-    frames_of,
-)
+from faml_gpu.data import Checkpoint, IterationRecord, ParticleSource, Poses, Posterior, Result, State, frames_of
 from faml_gpu.errors import InputError
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.geometry import matrix_to_relion
@@ -49,7 +39,7 @@ from faml_gpu.io.positions import recentered
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, write_particles_star, write_star
 from faml_gpu.maximization import Accumulators
 from faml_gpu.options import Options
-from faml_gpu.posteriors import joined
+from faml_gpu.posteriors import best_poses, joined
 from faml_gpu.uncertainty import angular_coverage, effective_particles, pose_entropy
 from faml_gpu.unfinished import Starts, Unfinished
 

@@ -12,14 +12,14 @@ from particles import Sample
 
 from faml_gpu import metrics
 from faml_gpu.array_backend import to_host
-from faml_gpu.data import ParticleSource, Poses, Posterior, best_poses
+from faml_gpu.data import ParticleSource, Poses, Posterior
 from faml_gpu.evaluation.classes import Partner, by_particles, classification
 from faml_gpu.evaluation.inputs import Found, NamedMap, Truth
 from faml_gpu.evaluation.maps import Comparison
 from faml_gpu.fourier import full_band, make_support
 from faml_gpu.maximization import covered
 from faml_gpu.plan import Clock, Plan
-from faml_gpu.posteriors import gathered
+from faml_gpu.posteriors import best_poses, gathered
 
 __all__ = ["FILTERS", "convergence", "coverage", "measure"]
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import faml_gpu
 from faml_gpu import halves
 from faml_gpu.cli import app
-from faml_gpu.data import IterationRecord, ParticleSource, Result, best_poses
+from faml_gpu.data import IterationRecord, ParticleSource, Result
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import fsc
 from faml_gpu.halves import HalvesResult
@@ -34,7 +34,7 @@ from faml_gpu.io.star import write_particles_star
 from faml_gpu.masks import soft_sphere
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
-from faml_gpu.posteriors import one_hot
+from faml_gpu.posteriors import best_poses, one_hot
 from faml_gpu.run_folder import read_checkpoint
 from faml_gpu.simulate import density, ribosome, simulate_particles
 from faml_gpu.starting import final_averages

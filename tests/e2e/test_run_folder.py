@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import starfile
 
-from faml_gpu.data import Checkpoint, IterationRecord, Posterior, Result, State, best_poses
+from faml_gpu.data import Checkpoint, IterationRecord, Posterior, Result, State
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import euler_to_matrix, random_rotations
 from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.posteriors import best_poses
 from faml_gpu.run_folder import OutputError, RunFolder, _is_ours, particle_columns, read_checkpoint, write_checkpoint
 
 N, K, BOX, VOXEL = 5, 2, 10, 8.0

@@ -15,11 +15,11 @@ from gemmi import cif
 
 import faml_gpu
 from faml_gpu import faml, pipeline
-from faml_gpu.data import Checkpoint, best_poses
+from faml_gpu.data import Checkpoint
 from faml_gpu.geometry import random_rotations
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
-from faml_gpu.posteriors import one_hot
+from faml_gpu.posteriors import best_poses, one_hot
 from faml_gpu.report.summary import read_summary
 from faml_gpu.run_folder import RunFolder
 from faml_gpu.simulate import groel, simulate_particles

@@ -12,7 +12,7 @@ from gemmi import cif
 from scipy.spatial.transform import Rotation
 
 from faml_gpu import halves
-from faml_gpu.data import ParticleSource, Poses, Posterior, Result, State, best_poses
+from faml_gpu.data import ParticleSource, Poses, Posterior, Result, State
 from faml_gpu.errors import InputError
 from faml_gpu.fsc import lowpass
 from faml_gpu.geometry import rotation_angle
@@ -32,7 +32,7 @@ from faml_gpu.io.star import write_particles_star
 from faml_gpu.metrics import correlation, rotate_map
 from faml_gpu.options import Options
 from faml_gpu.plan import resolve
-from faml_gpu.posteriors import gathered, one_hot, scattered
+from faml_gpu.posteriors import best_poses, gathered, one_hot, scattered
 from faml_gpu.run_folder import OutputError
 from faml_gpu.simulate import density, ribosome, simulate_particles
 from faml_gpu.weights import missing_wedge
