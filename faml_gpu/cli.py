@@ -223,7 +223,7 @@ class Shared:
         typer.Option(
             help="How that detail is come to. growing: over the first 60 % of the iterations. evidence: as soon and as "
             "far as two halves of the particles agree on more, and back. full: all from the start.",
-            show_default="growing, paper full",
+            show_default="growing, from a map or poses evidence, paper full",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None

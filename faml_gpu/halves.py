@@ -262,7 +262,7 @@ def run_halves(
     InputError
         Fewer than two particles, an empty half, options, maps or a B-factor that do not fit.
     """
-    options = replace(options, n_classes=1, starts=1)
+    options = replace(options, n_classes=1, starts=1, halves=True)
     half = _halves(particles, half, options.seed)
     box, voxel = particles.box, particles.voxel_size
     check_b_factor(b_factor or 0.0, voxel)

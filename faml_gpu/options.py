@@ -33,7 +33,7 @@ class Preset:
 
     magnitudes: Literal["centred", "plain"]
     noise: Literal["shell", "single"]
-    band: Literal["evidence", "growing", "full"]
+    band: Literal["auto", "evidence", "growing", "full"]
     measure: Literal["haar", "euler"]
     update: Literal["explore", "ratio", "wiener", "printed"]
     sampler: Literal["magnitude", "joint"]
@@ -46,9 +46,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "default": Preset(
-        "centred", "shell", "growing", "haar", "explore", "joint", "refined", 1.0, "rule", "auto", 10, True
-    ),
+    "default": Preset("centred", "shell", "auto", "haar", "explore", "joint", "refined", 1.0, "rule", "auto", 10, True),
     "paper": Preset("plain", "single", "full", "euler", "printed", "magnitude", "grid", 0.0, "fixed", "none", 1, False),
 }
 
@@ -83,7 +81,7 @@ class Options:
     resolution : finest resolution used in alignment and likelihood (default: full band)
     band : how far it reaches by the iteration: "growing" over the first 60 % of them; as far as two halves of the
         particles agree, whenever that is ("evidence", see `resolution`; while several `starts` are tried, not beyond
-        where all begin); or "full" from the start (default: by preset)
+        where all begin); or "full" from the start (default: by preset; that of `default` is `plan.band_rule`)
     bandwidth : L of the harmonics (degrees l < L; default: by rule, at most 36)
     candidates : most candidate poses per particle and class
     max_shift : largest shift of a particle (default: an eighth of the box)

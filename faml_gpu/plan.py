@@ -124,7 +124,7 @@ class Plan:
         By evidence, the largest it can be: of several starts that are tried none goes beyond where all begin, so that
         their likelihoods are of the same data.
         """
-        if self.options.choices.band == "full":
+        if self.band_rule == "full":
             return self.r_final
         if self.by_evidence:
             growing = max(0, iteration - max(1, self.tried))
@@ -195,7 +195,12 @@ class Plan:
     @property
     def by_evidence(self) -> bool:
         """The data decide how far the band reaches."""
-        return self.options.choices.band == "evidence"
+        return self.band_rule == "evidence"
+
+    @property
+    def band_rule(self) -> Literal["evidence", "growing", "full"]:
+        """How far the band reaches by the iteration."""
+        return band_rule(self.options, self.initial_lowpass)
 
     def settled(self, state: State, r_max: int) -> bool:
         """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'."""
@@ -716,7 +721,8 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
     InputError
         for options that do not fit the box.
     """
-    resolved: dict[str, Any] = asdict(options) | {"choices": asdict(options.choices)}
+    rule = band_rule(options, initial_lowpass)
+    resolved: dict[str, Any] = asdict(options) | {"choices": asdict(options.choices) | {"band": rule}}
     size = box * voxel_size
     widest = (box / 2 - SOFT_EDGE + 0.5) * voxel_size
     radius = options.mask_radius if options.mask_radius is not None else min(0.4 * size, widest)
@@ -737,7 +743,7 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
     if initial_lowpass is not None:
         # A start that knows this much is not thrown back to less.
         r_start = int(np.clip(size / initial_lowpass, r_start, r_max))
-    if options.choices.band == "full":
+    if rule == "full":
         r_start = r_max
     if options.starts > 1 and initial_lowpass is not None:
         raise InputError(f"option starts: found {options.starts} with a start from poses or from a map, expected 1")
@@ -761,6 +767,19 @@ def resolve(options: Options, box: int, voxel_size: float, initial_lowpass: floa
         "box": box,
         "voxel_size": voxel_size,
     }
+
+
+def band_rule(options: Options, initial_lowpass: float | None) -> Literal["evidence", "growing", "full"]:
+    """How far the band reaches by the iteration, where the preset leaves it to the start ("auto").
+
+    From a map or from poses, what the particles show decides: they are roughly aligned, and agree where there is
+    something to agree on. From nothing they agree on little until the structure is there: a schedule takes them on; so
+    too each of two `halves`, where it would be a quarter of the particles that vouches for the other.
+    """
+    rule = options.choices.band
+    if rule != "auto":
+        return rule
+    return "growing" if initial_lowpass is None or options.halves else "evidence"
 
 
 def _bandwidth(options: Options, r_max: int, relative_radius: float) -> int:
