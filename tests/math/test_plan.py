@@ -55,6 +55,24 @@ def test_a_band_by_evidence_is_what_the_data_said(particles):
     assert several.settled(replace(state, iteration=5, r_max=5), 5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "start", "rule"),
+    [
+        ({}, None, "growing"),
+        ({}, 60.0, "evidence"),
+        ({"method": "fa"}, 60.0, "evidence"),
+        ({"halves": True}, 60.0, "growing"),
+        ({"band": "growing"}, 60.0, "growing"),
+        ({"band": "evidence"}, None, "evidence"),
+        ({"preset": "paper"}, 60.0, "full"),
+    ],
+)
+def test_what_a_start_shows_decides_unless_asked_otherwise(particles, asked, start, rule):
+    options = Options(mask_radius=60, **asked)
+    assert Plan.make(particles, options, start).band_rule == rule
+    assert resolve(options, N, VOXEL, start)["choices"]["band"] == rule
+
+
 def test_a_low_passed_start_begins_at_its_resolution(particles):
     assert Plan.make(particles, Options(mask_radius=60), 28.0).r_max(1) == 7
     assert Plan.make(particles, Options(mask_radius=60, resolution=40), 20.0).r_max(1) == 5  # not past the limit
