@@ -80,6 +80,7 @@ def write_report(
         title=run.files.folder.resolve().name,
         run=run,
         facts=list(_facts(run)),
+        finest=min(row["resolution"] for part in (run.history, *(h.history for h in run.halves)) for row in part),
         changed=_changed_options(run),
         doubts=run.doubts(),
         classes=[_class_row(run, k) for k in range(len(run.maps))],

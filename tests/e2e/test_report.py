@@ -141,6 +141,8 @@ def test_report_of_an_iteration(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, folder)
     about = json.loads((folder / "run.json").read_text())
     about["iterations"][2]["coverage"] = [0.123, 0.123]
+    for row, finest in zip(about["iterations"], (99.9, 47.3, 31.2), strict=True):
+        row["resolution"] = finest
     about["warnings"] = ["something of the end"]
     (folder / "run.json").write_text(json.dumps(about))
     before = (folder / "report.html").read_bytes()
@@ -151,9 +153,11 @@ def test_report_of_an_iteration(finished: Path, tmp_path: Path) -> None:
     assert "This is iteration 2 of 3, not the result." in words
     assert "Iterations 2 of at most 3" in words
     assert "12.3" not in words
+    assert "Alignment used detail to 47.3 Å" in words
     assert "something of the end" not in words
     again = " ".join(Page(write_report(folder)).text.split())
     assert "12.3" in again
+    assert "Alignment used detail to 31.2 Å" in again
     assert "something of the end" in again
 
 
