@@ -197,7 +197,8 @@ class RunSummary:
             found.append(
                 f"The run was ended by its {self.options['iterations']} iterations, before it stood still: in the last "
                 f"one particles turned by {last['pose_change']:.1f}° (median), {100 * last['changed_class']:.0f} % "
-                f"changed class{self._rise()}. --resume with more --iterations goes on."
+                f"changed class, averages correlated with those before by {min(last['map_correlation']):.4f}"
+                f"{self._rise()}. --resume with more --iterations goes on."
             )
         unsettled = [part.name for part in self.halves if not part.history[-1]["converged"]]
         if self.final and unsettled:

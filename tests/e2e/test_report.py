@@ -375,12 +375,15 @@ def test_doubts(finished: Path) -> None:
         return Poses(run.poses.rotations, np.full((n, 3), shift), np.asarray(classes))
 
     assert only(about={"warnings": ["as the run said"]}) == "as the run said"
-    assert only(about={"converged_at": None}).endswith("changed class. --resume with more --iterations goes on.")
+    last = {**run.history[-1], "map_correlation": [0.99999, 0.99812]}
+    assert only(about={"converged_at": None, "iterations": [last]}).endswith(
+        "before by 0.9981. --resume with more --iterations goes on."
+    )
     before = {**run.history[-1], "log_likelihood": -10.0}
-    after = {**before, "log_likelihood": -7.5, "pose_change": 1.24, "changed_class": 0.1}
+    after = {**before, "log_likelihood": -7.5, "pose_change": 1.24, "changed_class": 0.1, "map_correlation": [1, 0.97]}
     assert only(about={"converged_at": None, "iterations": [before, after]}).startswith(
         "The run was ended by its 3 iterations, before it stood still: in the last one particles turned by 1.2° "
-        "(median), 10 % changed class, and the log-likelihood rose by 2.5."
+        "(median), 10 % changed class, averages correlated with those before by 0.9700, and the log-likelihood rose by 2.5."
     )
     assert "has not ended" in only(about={"status": "running"})
     assert "Class 2 has taken 100 %" in only(poses=poses(np.ones(n, int)))
