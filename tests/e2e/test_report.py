@@ -383,7 +383,8 @@ def test_doubts(finished: Path) -> None:
     after = {**before, "log_likelihood": -7.5, "pose_change": 1.24, "changed_class": 0.1, "map_correlation": [1, 0.97]}
     assert only(about={"converged_at": None, "iterations": [before, after]}).startswith(
         "The run was ended by its 3 iterations, before it stood still: in the last one particles turned by 1.2° "
-        "(median), 10 % changed class, averages correlated with those before by 0.9700, and the log-likelihood rose by 2.5."
+        "(median), 10 % changed class, averages correlated with those before by 0.9700, and the log-likelihood rose by "
+        "2.5."
     )
     assert "has not ended" in only(about={"status": "running"})
     assert "Class 2 has taken 100 %" in only(poses=poses(np.ones(n, int)))
