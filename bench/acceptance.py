@@ -206,7 +206,8 @@ def starts_case(args: argparse.Namespace) -> None:
             seed = args.seed + trial
             options = Options(
                 mask_radius=150, iterations=args.iterations, seed=seed, threads=args.threads,
-                starts=args.n if run == "starts" else 1, band="growing",  # one band for all, so that likelihoods compare
+                starts=args.n if run == "starts" else 1,
+                band="growing",  # one band for all, so that likelihoods compare
             )  # fmt: skip
             if trial:  # with one class the seed makes no other start: the mean of the boxes turned at random does
                 plan = replace(Plan.make(given, options), trial=trial)
