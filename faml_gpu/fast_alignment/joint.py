@@ -28,7 +28,6 @@ from faml_gpu import ops
 from faml_gpu.array_backend import (
     Array,
     device_of,
-    fft_module,
     map_threads,
     namespace,
     step,
@@ -79,6 +78,7 @@ FINEST = (
 ROUNDS = 3  # at least, of splitting
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
 LOCAL_REACH = 4  # points of a finer lattice to either side of the best shift
+TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
 MASS = 0.99  # of the posterior, held by the candidates
 OUTSIDE = 1e-6  # what a pose beyond the widened asymmetric unit counts for: its copy inside has the mass
 
@@ -190,7 +190,7 @@ def _d_table(bandwidth: int, device: str) -> Array:
 
 def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
-    for cached in (_phase_harmonics, _d_table, _first_cells, _lattice_phases):
+    for cached in (_phase_harmonics, _d_table, _turns, _first_cells, _lattice_phases):
         cached.cache_clear()
 
 
@@ -199,6 +199,7 @@ def make_tables(support: Support, reference: JointReference, symmetry: str, max_
     device, bandwidth = device_of(reference.phases), reference.bandwidth
     _phase_harmonics(support.box, support.r_max, reference.coarse_r, bandwidth, device)
     _d_table(bandwidth, device)
+    _turns(bandwidth, device)
     _first_cells(bandwidth, _first_level(bandwidth), symmetry, device)
     shifts = _coarse_shifts(support.box, reference, min(max_shift, REACH * zeta))
     _lattice_phases(support.box, support.r_max, reference.coarse_r, shifts.tobytes(), device)
@@ -305,26 +306,32 @@ def log_marginal(
     for first in range(0, b, at_once):
         part = weighted[:, first : first + at_once]
         width, index = part.shape[1], observation.weight_index[first : first + at_once]
-        sums = [xp.zeros((n, n, n, width), np.float32) for _ in references]
+        sums = [xp.zeros((n**3, width), np.float32) for _ in references]
         highest = [xp.full(width, -np.inf, np.float32) for _ in references]
         taken = max(1, at_once // width)
+        several = taken * max(1, TRANSFORMED // (taken * width))
         for t in range(0, len(shifts), taken):
-            some = shifts[t : t + taken]
-            moved = phases[:, t : t + taken, None] * part[:, None, :]
-            functions = harmonics.coefficients(moved.reshape(m, -1))
+            if t % several == 0:
+                moved = phases[:, t : t + several, None] * part[:, None, :]
+                functions = harmonics.coefficients(moved.reshape(m, -1))
+            some, column = shifts[t : t + taken], t % several * width
             prior = xp.asarray(((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32))
+            # Sums over the shifts, of each particle, as a product: a few columns are slow to add up.
+            over_shifts = xp.tile(xp.eye(width, dtype=np.float32), (len(some), 1))
             for k, reference in enumerate(references):
-                terms = _place(functions, reference.phases, l_max)
+                terms = _place(functions[:, :, column : column + len(some) * width], reference.phases, l_max)
                 terms = terms.reshape(*terms.shape[:3], len(some), width) + base[k][..., index][..., None, :]
                 terms[0, 0, 0] -= prior[:, None]  # a constant is the term l = 0
-                scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max).reshape(n, n, n, len(some), width)
-                top = xp.maximum(highest[k], scores.max(axis=(0, 1, 2, 3)))
+                scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max)
+                per_beta = scores.reshape(n * n, -1).max(axis=0).reshape(-1, width)
+                top = xp.maximum(highest[k], per_beta.max(axis=0))
                 sums[k] *= xp.exp(highest[k] - top)
-                scores -= top
-                sums[k] += xp.exp(scores, out=scores).sum(axis=3)
+                scores -= xp.tile(top, len(some))
+                sums[k] += xp.exp(scores, out=scores).reshape(n**3, -1) @ over_shifts
                 highest[k] = top
         for found, total, top in zip(out, sums, highest, strict=True):
-            found[..., first : first + at_once] = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top
+            total = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top
+            found[..., first : first + at_once] = total.reshape(n, n, n, width)
     return out
 
 
@@ -351,9 +358,25 @@ def _synthesis(t: Array, bandwidth: int) -> Array:
     """sum_lmm' T^l_mm' d^l_mm'(beta) exp(i m alpha) exp(i m' gamma): (2L, 2L, 2L, n) float32 [gamma, alpha, beta]."""
     # d is real: the complex T goes through one real GEMM with (function, Re/Im) as columns.
     spectrum = (_d_table(bandwidth, device_of(t)) @ t.view(np.float32)).view(np.complex64)
+    n, xp = 2 * bandwidth, namespace(t)
+    # Lines so short are transformed faster by a matrix than by an FFT.
+    about_gamma, about_alpha = _turns(bandwidth, device_of(t))
+    turned = (about_gamma @ spectrum.reshape(n, -1)).reshape(n, bandwidth + 1, -1)
+    out = about_alpha @ xp.concatenate([turned.real, turned.imag], axis=1)
+    tally(t, spectrum, turned, out, flops=spectrum.size * (4 * bandwidth + 8 * n) + out.size * 4 * (bandwidth + 1))
+    return out.reshape(n, n, n, -1)
+
+
+@lru_cache(maxsize=4)
+def _turns(bandwidth: int, device: str) -> tuple[Array, Array]:
+    """exp(i m' gamma), (2L, 2L) complex64, m' in FFT order; and (2L, 2L + 2) float32, what Re and Im of m >= 0 give."""
     n = 2 * bandwidth
-    tally(t, spectrum, flops=4 * spectrum.size * bandwidth + 2.5 * n**3 * t.shape[-1] * np.log2(n * n))
-    return fft_module(t).irfft2(spectrum, s=(n, n), axes=(0, 1), norm="forward", overwrite_x=True)
+    steps, m = np.arange(n), np.arange(bandwidth + 1)
+    gamma = np.exp(2j * np.pi / n * np.outer(steps, np.where(steps < bandwidth, steps, steps - n)))
+    # Each m > 0 stands for -m too; the Nyquist line is 0.
+    alpha = np.exp(2j * np.pi / n * np.outer(steps, m)) * np.where(m == 0, 1, 2)
+    parts = np.concatenate([alpha.real, -alpha.imag], axis=1)
+    return to_device(gamma.astype(np.complex64), device), to_device(parts.astype(np.float32), device)
 
 
 def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:

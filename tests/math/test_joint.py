@@ -439,13 +439,15 @@ def test_inner_shells_only(case):
     np.testing.assert_allclose(found[4], power, rtol=1e-4)
 
 
-def test_chunks_do_not_matter(case, monkeypatch):
+def test_chunks_do_not_matter(case, oracles, monkeypatch):
     shifts = joint.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references, case.precision, shifts, ZETA
-    whole, found = joint.log_marginal(*arguments), case.integrate()
+    # So far from noise that no candidate stands for others: rounding may choose which does.
+    clear = Case(oracles, 300.0)
+    whole, found = joint.log_marginal(*arguments), clear.integrate()
     monkeypatch.setattr(joint, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
     np.testing.assert_allclose(joint.log_marginal(*arguments), whole, atol=2e-3)
-    again = case.integrate()
+    again = clear.integrate()
     np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)
     np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
 
