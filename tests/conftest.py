@@ -23,9 +23,10 @@ import numpy as np
 import pytest
 
 from faml_gpu import device_info
+from faml_gpu.array_backend import namespace
 from faml_gpu.demo import write_simulation
 from faml_gpu.errors import InputError
-from faml_gpu.fast_alignment import forget_tables
+from faml_gpu.fast_alignment import forget_tables, joint
 from faml_gpu.simulate import Simulation, groel, ribosome, simulate_particles
 
 
@@ -101,6 +102,18 @@ def emulated_gpu(emulator: ModuleType) -> Iterator[Any]:
     with emulator.installed() as session:
         yield session
     forget_tables()
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the cells and poses of `joint` the heaviest only: which others would be drawn may hang on rounding."""
+
+    def heaviest(log_mass: Any, n: int, n_heaviest: int) -> tuple[Any, Any]:
+        xp = namespace(log_mass)
+        chosen = xp.argsort(-log_mass, axis=1)[:, :n]
+        return chosen, xp.zeros(chosen.shape)
+
+    monkeypatch.setattr(joint, "thinned", heaviest)
 
 
 @pytest.fixture

@@ -28,6 +28,9 @@ def particles() -> ArrayParticles:
     return ArrayParticles(made.boxes, VOXEL, made.weight)
 
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
+
+
 @pytest.fixture(params=["emulated", "cuda"])
 def device(request: pytest.FixtureRequest) -> Any:
     """A GPU that `device="cuda"` means: what happens on the emulated one, None of a real one its name."""

@@ -102,7 +102,8 @@ def test_a_helix_from_the_command_line(filaments: Simulation, tmp_path: Path) ->
     def averaged_with(*options: str) -> list[tuple[float, float]]:
         out = tmp_path / "-".join(["out", *options])
         arguments = ["average", star, "-o", out, "--reference", tmp_path / "truth_filament.mrc", *options]
-        flags = "--initial-lowpass 60 --tilt-range -60 60 --iterations 2 --candidates 10 --mask-radius 70 --device cpu"
+        flags = "--initial-lowpass 60 --band growing --tilt-range -60 60 --iterations 2 --candidates 10"
+        flags += " --mask-radius 70 --device cpu"
         done = CliRunner().invoke(app, [*map(str, arguments), *flags.split()])
         assert done.exit_code == 0, done.output
         volumes = [read_mrc(out / name)[0] for name in ("run_it001_class001.mrc", "run_class001.mrc")]
@@ -112,4 +113,5 @@ def test_a_helix_from_the_command_line(filaments: Simulation, tmp_path: Path) ->
     for (same, _), (same_alone, _) in zip(helical, alone, strict=True):
         assert same > 0.99  # but for interpolation
         assert same > same_alone + 0.03
-    assert helical[1][1] > alone[1][1] + 0.05
+    # 0.04 more; 0.05 while `joint` was too sure of its poses, and the average without symmetry the worse for it.
+    assert helical[1][1] > alone[1][1] + 0.03

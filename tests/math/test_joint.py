@@ -331,17 +331,10 @@ def test_cut_keeps_the_mass(case):
     np.testing.assert_allclose(sums[2], sums[0], atol=1e-3)
 
 
-def heaviest(log_mass, n, _):
-    """In place of `thinned`: none stands for others."""
-    chosen = np.argsort(-log_mass, axis=1)[:, :n]
-    return chosen, np.zeros(chosen.shape)
-
-
-def test_mass_of_a_rotation_is_that_of_all_its_shifts(case, monkeypatch):
+def test_mass_of_a_rotation_is_that_of_all_its_shifts(case, nothing_drawn, monkeypatch):
     """However few of its shifts are candidates; the same factor for all rotations of one cell size."""
     monkeypatch.setattr(joint, "MASS", 2.0)  # nothing is left out
     monkeypatch.setattr(joint, "SELECTED", 20)
-    monkeypatch.setattr(joint, "thinned", heaviest)
     shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
     for n_shifts in (1, 4):
         candidates, volumes = case.integrate(n=20 * n_shifts, n_shifts=n_shifts, rounds=0)
@@ -439,27 +432,23 @@ def test_inner_shells_only(case):
     np.testing.assert_allclose(found[4], power, rtol=1e-4)
 
 
-def test_chunks_do_not_matter(case, oracles, monkeypatch):
+def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
     shifts = joint.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references, case.precision, shifts, ZETA
-    # So far from noise that no candidate stands for others: rounding may choose which does.
-    clear = Case(oracles, 300.0)
-    whole, found = joint.log_marginal(*arguments), clear.integrate()
+    whole, found = joint.log_marginal(*arguments), case.integrate()
     monkeypatch.setattr(joint, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
     np.testing.assert_allclose(joint.log_marginal(*arguments), whole, atol=2e-3)
-    again = clear.integrate()
+    again = case.integrate()
     np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)
     np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
 
 
 @pytest.mark.parametrize("screen", [None, 3])
-def test_on_a_gpu_the_same(oracles, emulated_gpu, screen, monkeypatch):
+def test_on_a_gpu_the_same(case, emulated_gpu, nothing_drawn, screen, monkeypatch):
     import cupy
 
-    # So far from noise, and with so many candidates, that none stands for others: rounding may choose which does.
-    case = Case(oracles, 300.0)
     monkeypatch.setattr(joint, "screen_band", lambda r_max: screen)
-    found = case.integrate(n=400)
+    found = case.integrate(n=40)
     o = case.observation
     joint.forget_tables()
     try:
@@ -468,7 +457,7 @@ def test_on_a_gpu_the_same(oracles, emulated_gpu, screen, monkeypatch):
         )
         reference = joint.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
         [(candidates, volumes)] = joint.integrate(
-            on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=400
+            on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
         )
     finally:
         joint.forget_tables()

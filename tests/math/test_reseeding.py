@@ -89,7 +89,7 @@ def test_the_least_even_class_is_split():
 def test_new_averages_are_those_of_the_new_classes(folds):
     """Of the class that is filled and of that it is taken from; of each fold those without it; cut off at the band."""
     data = mixture()
-    particles, plan = plan_for(data, folds=folds)
+    particles, plan = plan_for(data, folds=folds, band="growing")
     state = start(plan, particles, None, Poses(data.rotations, data.shifts, data.classes)).state
     state.iteration = 8
     if folds > 1:

@@ -5,6 +5,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.special import logsumexp
 
+from faml_gpu.array_backend import to_host
 from faml_gpu.fast_alignment.thinning import thinned
 
 
@@ -60,3 +61,15 @@ def test_no_more_than_there_are():
     chosen, factor = thinned(log_mass, 3, 0)
     mass = np.take_along_axis(log_mass, chosen, axis=1) + factor
     np.testing.assert_allclose(logsumexp(mass, axis=1), logsumexp(log_mass, axis=1), rtol=1e-12)
+
+
+def test_on_a_gpu_the_same(log_mass, emulated_gpu):
+    import cupy
+
+    chosen, factor = thinned(log_mass, 50, 20)
+    again = thinned(cupy.asarray(log_mass), 50, 20)
+    assert all(isinstance(x, cupy.ndarray) for x in again)
+    for row in range(len(log_mass)):
+        found = dict(zip(to_host(again[0])[row].tolist(), to_host(again[1])[row].tolist(), strict=True))
+        expected = dict(zip(chosen[row].tolist(), factor[row].tolist(), strict=True))
+        assert found == pytest.approx(expected, rel=1e-9)
