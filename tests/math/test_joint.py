@@ -252,7 +252,7 @@ def moments(rotations, mass):
     ("gain", "level", "atol"),
     [
         (12.0, 3, 0.25),  # mass in hundreds to thousands of cells of 7.5 degrees, of which 48 + 48 are looked at
-        (30.0, 4, 0.1),  # in some hundred of 3.75
+        (30.0, 3, 0.1),  # in some fifty to hundreds
         (60.0, 4, 0.03),  # in a few: 1 % of it is cut off, and cells that are not split stand for their centres
     ],
 )
