@@ -221,7 +221,7 @@ def iterate(
     with clock("maximization"):
         order, posteriors = np.concatenate(parts), so_far.posteriors
         total, merged = whole.symmetrise(so_far.total), scattered([(order, join(posteriors))])
-        agreement, r_max = whole.evidence(total)
+        agreement, r_max = whole.evidence(so_far.total, total)
         new = replace(maximize(plan, whole, state, total), r_max=r_max)
         total = total.together()
         if plan.options.scale_correction:

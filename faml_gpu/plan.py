@@ -203,10 +203,15 @@ class Plan:
         return band_rule(self.options, self.initial_lowpass)
 
     def settled(self, state: State, r_max: int) -> bool:
-        """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'."""
+        """Whether the band r_max of the last iteration is the next one's and, as far as is known, all others'.
+
+        By evidence it may be so early, and all else stand still too, where averages that are the same all around an
+        axis hide a symmetry from the next shells: out of there likelihood grows from iteration to iteration, from next
+        to nothing. So no run ends sooner than one that goes by the schedule.
+        """
         if not self.by_evidence:
             return r_max == self.r_final
-        return state.r_max == r_max and state.iteration >= self.tried  # until then it is held
+        return state.r_max == r_max and state.iteration >= max(self.tried, self._last_growing)
 
     def over_batches(
         self,
@@ -467,17 +472,27 @@ class Band:
         """The same with references that a fold of the particles has no part in; with those there are, at the start."""
         return self if self.state.apart is None else replace(self, held_out=fold)
 
-    def evidence(self, total: maximization.Accumulators) -> tuple[NDArray[np.float64] | None, int | None]:
-        """Agreement of the halves per shell, and how far the next iteration's band reaches by that."""
+    def evidence(
+        self, total: maximization.Accumulators, symmetric: maximization.Accumulators
+    ) -> tuple[NDArray[np.float64] | None, int | None]:
+        """Agreement of the halves per shell, and how far the next iteration's band reaches by that.
+
+        A point group leaves less noise in the sums, and fewer independent numbers: where those are a handful, the sums
+        without it may show more. Whichever does is believed.
+        """
         if not self.plan.by_evidence:
             return None, None
         shell = to_host(self.output.shell)
-        sums = total.by_part()
-        agreement = resolution.half_agreement(np.stack([sums[::2].sum(axis=0), sums[1::2].sum(axis=0)]), shell)
-        voxels = np.bincount(shell).astype(np.float64)
-        numbers = 2 * masks.independent_share(self.plan.mask) * voxels * sums.shape[1] / symmetry.order(self.symmetry)
+        n_classes = len(self.state.maps)
+        voxels = 2 * masks.independent_share(self.plan.mask) * np.bincount(shell) * n_classes
         least, most = self.plan.r_start, self.plan.r_max(self.state.iteration + 2)
-        return agreement, resolution.next_r_max(agreement, numbers, self.r_max, least, most)
+
+        def backed(sums: NDArray[np.complex128], order: int) -> tuple[NDArray[np.float64], int]:
+            agreement = resolution.half_agreement(np.stack([sums[::2].sum(axis=0), sums[1::2].sum(axis=0)]), shell)
+            return agreement, resolution.next_r_max(agreement, voxels / order, self.r_max, least, most)
+
+        agreement, r_max = backed(symmetric.by_part(), symmetry.order(self.symmetry))
+        return agreement, r_max if self.symmetry == "C1" else max(r_max, backed(total.by_part(), 1)[1])
 
     @property
     def symmetry(self) -> str:

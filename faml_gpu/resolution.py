@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 __all__ = ["LOOK_AHEAD", "half_agreement", "next_r_max"]
 
@@ -19,6 +20,7 @@ LEAK = 1  # shells beyond the band into which the mask spreads what the alignmen
 FARTHEST = 3  # shells the band grows by at most, in an iteration
 AGREED = 0.143  # Rosenthal & Henderson 2003, J. Mol. Biol. 333, 721
 SURE = 3.0  # standard errors the agreement must be above 0: it is asked in every iteration, and once passed for good
+CHANCE = ndtr(-SURE)
 IN_BAND = 0.5  # asked for where no shell is left beyond the band: what takes part in the alignment agrees too well
 
 
@@ -50,6 +52,9 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
     not even its own last two shells do; else it stays: a shell that once took part, or is next to one that did, cannot
     be asked again. No schedule is asked: as fast as the data show detail, as slowly, or back.
 
+    A shell agrees by `AGREED`, and by more than chance: itself, or together with those next beyond it. What agrees
+    there agrees here, and where a point group leaves a shell a handful of numbers none could be sure alone.
+
     Parameters
     ----------
     agreement : (S,), see `half_agreement`
@@ -65,7 +70,8 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
     else:
         grown = r_max
         for j in beyond[:FARTHEST]:
-            if agreement[j] < max(AGREED, SURE / np.sqrt(numbers[j])):
+            wider = [np.arange(j, k) for k in range(j + 1, len(agreement) + 1)]
+            if agreement[j] < AGREED or not any(_sure(agreement, numbers, shells) for shells in wider):
                 break
             grown = min(int(j), r_max + FARTHEST)
     if grown == r_max and _mean(agreement, numbers, [r_max - 1, r_max]) < AGREED:
@@ -73,5 +79,18 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
     return int(np.clip(grown, least, max(least, most)))
 
 
-def _mean(agreement: Float64, numbers: Float64, shells: list[int]) -> float:
+def _sure(agreement: Float64, numbers: Float64, shells: NDArray[np.int64]) -> bool:
+    """Whether so much agreement on average, of nothing but noise, is as rare as `SURE` standard errors are.
+
+    Of n independent pairs without a common signal r sqrt((n - 1) / (1 - r^2)) has Student's distribution of n - 1
+    degrees of freedom; of many pairs r is within 1 / sqrt(n).
+    """
+    free = numbers[shells].sum() - 1
+    if free <= 0:
+        return False
+    t = -stdtrit(free, CHANCE)
+    return bool(_mean(agreement, numbers, shells) >= t / np.hypot(t, np.sqrt(free)))
+
+
+def _mean(agreement: Float64, numbers: Float64, shells: list[int] | NDArray[np.int64]) -> float:
     return float(np.average(agreement[shells], weights=numbers[shells]))

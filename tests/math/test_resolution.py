@@ -61,7 +61,26 @@ def test_where_the_band_goes(agreement, r_max, expected):
 def test_what_could_be_chance_is_no_evidence():
     agreement = curve(0.9, 0.3, 0.3, 0.3)
     assert next_r_max(agreement, np.full(10, 1000.0), 5, 3, 15) == 8
-    assert next_r_max(agreement, np.full(10, 60.0), 5, 3, 15) == 5  # 3 / sqrt(60) is .39
+    assert next_r_max(agreement, np.full(10, 20.0), 5, 3, 15) == 5  # 3 / sqrt(60) is .39, of all three together
+    assert next_r_max(curve(0.9, 0.7, 0.1, 0.9), np.full(10, 1000.0), 5, 3, 15) == 7  # sure, but not enough
+
+
+def test_shells_that_agree_vouch_for_those_before_them():
+    """Not the other way: the first of them may be all there is."""
+    numbers = np.full(10, 12.0)
+    assert next_r_max(curve(0.9, 0.6, 0.6, 0.6), numbers, 5, 3, 15) == 8  # 8 and 9 together are sure
+    assert next_r_max(curve(0.9, 0.6), numbers[:8], 5, 3, 15) == 5
+    assert next_r_max(curve(0.9, 0.95, 0.2, 0.2), numbers, 5, 3, 15) == 7
+
+
+def test_few_numbers_agree_by_chance_as_rarely_as_many():
+    """Gaussian noise without a common signal, 3 standard errors: 1.35 times in 1000."""
+    rng, n = np.random.default_rng(1), 8
+    a, b = rng.standard_normal((2, 40000, n))
+    chance = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    numbers = np.full(8, float(n))
+    found = sum(next_r_max(curve(0.9, r), numbers, 5, 3, 15) > 5 for r in chance[chance > 0.5])
+    assert 54 - 22 < found < 54 + 22  # three standard deviations
 
 
 def ribosomes(snr: float, seed: int = 4) -> tuple[ArrayParticles, np.ndarray]:
