@@ -86,7 +86,8 @@ def refine(
             support,
             reference.padding,
         )
-        return shells @ by_shell - 2 * observation.expected_gain(rotations)
+        expected = 2 * observation.expected_gain(rotations)
+        return shells @ by_shell - (expected if shifts.ndim == 3 else expected[..., None])
 
     with step("refine"):
         b, n = candidates.rotations.shape[:2]
@@ -109,13 +110,10 @@ def refine(
             angle = np.deg2rad(180 / reference.bandwidth) / 2 ** (i + 1)
             length = support.box / (8 * support.r_max) / 2**i
             turns, moves = _probes(angle, length)
-            probe_r = _product(xp.asarray(turns), rotations[:, :, None])  # (B, m, 12, 3, 3)
-            probe_t = shifts[:, :, None] + xp.asarray(moves)
-            values = score(
-                probe_r.reshape(b, m * 12, 3, 3),
-                probe_t.reshape(b, m * 12, 3),
-                12 * count,
-            ).reshape(b, m, 6, 2)
+            turned = _product(xp.asarray(turns), rotations[:, :, None]).reshape(b, m * 6, 3, 3)
+            of_turns = score(turned, xp.repeat(shifts, 6, axis=1), 6 * count).reshape(b, m, 6)
+            of_moves = score(rotations, shifts[:, :, None] + xp.asarray(moves), count)
+            values = xp.concatenate([of_turns, of_moves], axis=2).reshape(b, m, 6, 2)
             low, high = values[..., 0], values[..., 1]
             curvature = low + high - 2 * best[..., None]
             offset = xp.where(curvature > 0, 0.5 * (low - high) / xp.where(curvature > 0, curvature, 1), 0)
@@ -143,15 +141,9 @@ def _without_reference(observation: Observation, precision: Array) -> Array:
 
 
 def _probes(angle: float, length: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A step back and forth along each rotation axis, then along each shift: (12, 3, 3) and (12, 3)."""
-    turns, moves = np.tile(np.eye(3), (12, 1, 1)), np.zeros((12, 3))
-    for axis in range(3):
-        for side, sign in enumerate((-1.0, 1.0)):
-            vector = np.zeros(3)
-            vector[axis] = sign
-            turns[2 * axis + side] = _exponential(vector * angle)
-            moves[6 + 2 * axis + side] = vector * length
-    return turns, moves
+    """A step back and forth along each rotation axis, (6, 3, 3), and along each shift, (6, 3)."""
+    back_and_forth = np.repeat(np.eye(3), 2, axis=0) * np.tile([[-1.0], [1.0]], (3, 1))
+    return _exponential(back_and_forth * angle), back_and_forth * length
 
 
 def _product(a: Array, b: Array) -> Array:

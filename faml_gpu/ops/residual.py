@@ -44,7 +44,8 @@ def residual(
         Fourier weights on the support; particle b has row weight_index[b].
     weight_index : (B,) int64
     rotations : (B, n, 3, 3) float64
-    shifts : (B, n, 3) float64, voxels
+    shifts : (B, n, 3) or (B, n, k, 3) float64, voxels
+        k shifts of each rotation: on the CPU they share its samples.
     count : (B,) int64
         Particle b has the poses [: count[b]]; the rest is left 0.
     support : Support
@@ -53,7 +54,7 @@ def residual(
 
     Returns
     -------
-    (B, n, r_max + 1) float64
+    (B, n, r_max + 1) or (B, n, k, r_max + 1) float64
         Both voxels of each pair (xi, -xi) counted: the sum over s is the sum over the full Fourier volume.
     """
     b, n = rotations.shape[:2]
@@ -63,13 +64,15 @@ def residual(
     require(weights, "weights", grid.real.dtype, (None, m))
     require(weight_index, "weight_index", np.int64, (b,))
     require(rotations, "rotations", np.float64, (b, n, 3, 3))
-    require(shifts, "shifts", np.float64, (b, n, 3))
+    several = shifts.ndim == 4
+    require(shifts, "shifts", np.float64, (b, n, None, 3) if several else (b, n, 3))
     require(count, "count", np.int64, (b,))
+    shifts = shifts if several else shifts[:, :, None]
     out = twin(_residual_cpu, _residual_cuda, grid)(
         grid, spectra, weights, weight_index, rotations, shifts, count, support, padding
     )
-    tally(grid, spectra, weights, out, flops=FLOPS * m * b * n)
-    return out
+    tally(grid, spectra, weights, out, flops=FLOPS * m * b * n * shifts.shape[2])
+    return out if several else out[:, :, 0]
 
 
 def _residual_cpu(
@@ -84,7 +87,7 @@ def _residual_cpu(
     padding: int,
 ) -> Array:
     real = real_view(grid)
-    out = np.zeros((*rotations.shape[:2], support.r_max + 1))
+    out = np.zeros((*shifts.shape[:3], support.r_max + 1))
     _residual_loop(
         real,
         real_view(spectra),
@@ -115,7 +118,8 @@ def _residual_cuda(
 ) -> Array:
     xp = namespace(grid)
     real = grid.real.dtype
-    b, n = rotations.shape[:2]
+    b, rotated, k = shifts.shape[:3]
+    n = rotated * k
     out = xp.zeros((b, n, support.r_max + 1))
     kernels.launch(
         "residual",
@@ -127,9 +131,9 @@ def _residual_cuda(
             spectra,
             weights,
             weight_index,
-            rotations.astype(real) * padding,
-            shifts,
-            count,
+            xp.repeat(rotations.astype(real) * padding, k, axis=1),
+            xp.ascontiguousarray(shifts).reshape(b, n, 3),
+            count * k,
             support.coords,
             xp.asarray(support.shell_start),
             n,
@@ -140,7 +144,7 @@ def _residual_cuda(
         ),
         shared=3 * (2 * support.r_max + 1) * grid.dtype.itemsize,
     )
-    return out
+    return out.reshape(b, rotated, k, support.r_max + 1)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
@@ -159,7 +163,8 @@ def _residual_loop(
     out: Any,
 ) -> None:
     c = grid.shape[2] - 1
-    n = rotations.shape[1]
+    n, n_shifts = shifts.shape[1:3]
+    widest = np.diff(shell_start).max()
     real = type(rotations[0, 0, 0, 0])
     for task in numba.prange(rotations.shape[0] * n):
         b, i = task // n, task % n
@@ -167,34 +172,42 @@ def _residual_loop(
             continue
         r = rotations[b, i]
         # exp(-2 pi i k t / N) per axis: xi is on the lattice, so the phase is a product of three table entries.
-        phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
-        for axis in range(3):
-            for k in range(-r_max, r_max + 1):
-                angle = -2 * np.pi * k * shifts[b, i, axis] / box
-                phase[axis, k + r_max, 0] = np.cos(angle)
-                phase[axis, k + r_max, 1] = np.sin(angle)
+        phase = np.empty((n_shifts, 3, 2 * r_max + 1, 2), grid.dtype)
+        for q in range(n_shifts):
+            for axis in range(3):
+                for k in range(-r_max, r_max + 1):
+                    angle = -2 * np.pi * k * shifts[b, i, q, axis] / box
+                    phase[q, axis, k + r_max, 0] = np.cos(angle)
+                    phase[q, axis, k + r_max, 1] = np.sin(angle)
         x_particle, w_particle = spectra[b], weights[weight_index[b]]
+        sample = np.empty((widest, 2), grid.dtype)
         for s in range(1, r_max + 1):
-            total = 0.0
-            for j in range(shell_start[s], shell_start[s + 1]):
-                w = w_particle[j]
-                if w == 0:
+            start, stop = shell_start[s], shell_start[s + 1]
+            for j in range(start, stop):
+                if w_particle[j] == 0:
                     continue
-                kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
-                x, y, z = real(kx), real(ky), real(kz)
-                re, im = sample_complex(
+                x, y, z = real(coords[j, 0]), real(coords[j, 1]), real(coords[j, 2])
+                sample[j - start] = sample_complex(
                     grid,
                     c,
                     r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
                     r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
                     r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
                 )
-                ax, bx = phase[0, kx + r_max, 0], phase[0, kx + r_max, 1]
-                ay, by = phase[1, ky + r_max, 0], phase[1, ky + r_max, 1]
-                az, bz = phase[2, kz + r_max, 0], phase[2, kz + r_max, 1]
-                axy, bxy = ax * ay - bx * by, ax * by + bx * ay
-                pr, pi = axy * az - bxy * bz, axy * bz + bxy * az
-                dr = w * (x_particle[j, 0] - (re * pr - im * pi))
-                di = w * (x_particle[j, 1] - (re * pi + im * pr))
-                total += dr * dr + di * di
-            out[b, i, s] = 2 * total
+            for q in range(n_shifts):
+                total = 0.0
+                for j in range(start, stop):
+                    w = w_particle[j]
+                    if w == 0:
+                        continue
+                    re, im = sample[j - start, 0], sample[j - start, 1]
+                    kx, ky, kz = coords[j, 0] + r_max, coords[j, 1] + r_max, coords[j, 2] + r_max
+                    ax, bx = phase[q, 0, kx, 0], phase[q, 0, kx, 1]
+                    ay, by = phase[q, 1, ky, 0], phase[q, 1, ky, 1]
+                    az, bz = phase[q, 2, kz, 0], phase[q, 2, kz, 1]
+                    axy, bxy = ax * ay - bx * by, ax * by + bx * ay
+                    pr, pi = axy * az - bxy * bz, axy * bz + bxy * az
+                    dr = w * (x_particle[j, 0] - (re * pr - im * pi))
+                    di = w * (x_particle[j, 1] - (re * pi + im * pr))
+                    total += dr * dr + di * di
+                out[b, i, q, s] = 2 * total

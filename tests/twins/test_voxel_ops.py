@@ -97,6 +97,18 @@ def test_residual(run, n_particles, n_poses, box, r_max, padding, dtype, rng, or
         assert (found[b, n:] == 0).all()
 
 
+@pytest.mark.parametrize("n_shifts", [1, 3])
+def test_residual_of_several_shifts_of_each_rotation(run, n_shifts, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    c["count"][:] = [4, 0, 2]
+    c["shifts"] = rng.uniform(-3, 3, (3, 4, n_shifts, 3))
+    found = run("residual", *c.values())
+    assert found.shape == (3, 4, n_shifts, 6)
+    for q in range(n_shifts):
+        one = c | {"shifts": np.ascontiguousarray(c["shifts"][:, :, q])}
+        assert oracles.relative(found[:, :, q], literal_residual(oracles, one)) < BOUND[np.complex64]
+
+
 def test_residual_of_shells_larger_than_a_block(run, rng, oracles):
     c = case(oracles, rng, 24, 11, 1, np.complex64, 1, 2)
     assert oracles.relative(run("residual", *c.values()), literal_residual(oracles, c)) < BOUND[np.complex64]
