@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import GATHER_FLOPS, sample_complex
+from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
 from faml_gpu.profile import tally
 
 __all__ = ["residual"]
@@ -201,10 +201,10 @@ def _residual_loop(
                     if w == 0:
                         continue
                     re, im = sample[j - start, 0], sample[j - start, 1]
-                    kx, ky, kz = coords[j, 0] + r_max, coords[j, 1] + r_max, coords[j, 2] + r_max
-                    ax, bx = phase[q, 0, kx, 0], phase[q, 0, kx, 1]
-                    ay, by = phase[q, 1, ky, 0], phase[q, 1, ky, 1]
-                    az, bz = phase[q, 2, kz, 0], phase[q, 2, kz, 1]
+                    kx, ky, kz = U(coords[j, 0] + r_max), U(coords[j, 1] + r_max), U(coords[j, 2] + r_max)
+                    ax, bx = phase[q, U(0), kx, R], phase[q, U(0), kx, I]
+                    ay, by = phase[q, U(1), ky, R], phase[q, U(1), ky, I]
+                    az, bz = phase[q, U(2), kz, R], phase[q, U(2), kz, I]
                     axy, bxy = ax * ay - bx * by, ax * by + bx * ay
                     pr, pi = axy * az - bxy * bz, axy * bz + bxy * az
                     dr = w * (x_particle[j, 0] - (re * pr - im * pi))
