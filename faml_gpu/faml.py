@@ -20,9 +20,10 @@ from faml_gpu.history import converged, record
 from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
-from faml_gpu.posteriors import best_poses, gathered, join, scattered
+from faml_gpu.posteriors import best_poses, gathered, join, scattered, unfolded
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
+from faml_gpu.symmetry import point_group
 from faml_gpu.unfinished import Starts, Unfinished
 
 __all__ = ["begin", "iterate", "run"]
@@ -201,6 +202,7 @@ def iterate(
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
+            posterior = unfolded(posterior, point_group(band.symmetry))
         if plan.options.scale_correction:
             posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
         with clock("rotate back"):

@@ -622,7 +622,9 @@ class Band:
         """Likeliest candidates moved to the likelihood's maximum, the particles' earlier poses among them."""
         refined = []
         for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
-            found = fast_alignment.carry_over(found, *likeliest(earlier, k, REFINED))
+            rotations, shifts, count = likeliest(earlier, k, REFINED)
+            rotations = symmetry.in_unit(rotations, symmetry.point_group(self.symmetry))  # where the others are
+            found = fast_alignment.carry_over(found, rotations, shifts, count)
             refined.append(
                 fast_alignment.refine(observation, reference, found, self.precision, REFINED, self.plan.max_shift)
             )

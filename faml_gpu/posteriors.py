@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from faml_gpu.data import BestPoses, Posterior
 from faml_gpu.expectation import BatchPosterior
 
-__all__ = ["best_poses", "gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered"]
+__all__ = ["best_poses", "gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered", "unfolded"]
 
 Int64 = NDArray[np.int64]
 
@@ -69,6 +69,24 @@ def likeliest(
     rotations, shifts = np.tile(np.eye(3), (size, n, 1, 1)), np.zeros((size, n, 3))
     rotations[particle, rank], shifts[particle, rank] = posterior.rotations[mine], posterior.shifts[mine]
     return rotations, shifts, np.bincount(particle, minlength=size)
+
+
+def unfolded(posterior: BatchPosterior, group: NDArray[np.float64]) -> BatchPosterior:
+    """Of the copies of each pose under a point group (g, 3, 3) that nearest to the most massive pose beside it.
+
+    Poses come from one asymmetric unit. Those at its border lie on two sides of it, and would have their middle where
+    none of them is.
+    """
+    if len(group) == 1:
+        return posterior
+    of = posterior.particle * posterior.class_probability.shape[1] + posterior.class_index
+    order = np.lexsort((-posterior.probability, of))
+    _, first, pair = np.unique(of[order], return_index=True, return_inverse=True)
+    heaviest = np.empty(len(of), np.int64)
+    heaviest[order] = order[first][pair]
+    copies = posterior.rotations[:, None] @ group
+    nearest = np.einsum("nij,ngij->ng", posterior.rotations[heaviest], copies).argmax(axis=1)
+    return replace(posterior, rotations=copies[np.arange(len(of)), nearest])
 
 
 def best_poses(posterior: Posterior) -> BestPoses:

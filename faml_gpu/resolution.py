@@ -49,8 +49,8 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
     """Shells up to which a band is backed by what an iteration with a band of `r_max` shows.
 
     It grows to the last of the shells beyond `LEAK` up to which all agree, `FARTHEST` at most; it shrinks by one where
-    not even its own last two shells do; else it stays: a shell that once took part, or is next to one that did, cannot
-    be asked again. No schedule is asked: as fast as the data show detail, as slowly, or back.
+    not even its own last two shells do; else it stays: a shell that takes part, or is next to one that does, cannot
+    be asked. No schedule is asked: as fast as the data show detail, as slowly, or back.
 
     A shell agrees by `AGREED`, and by more than chance: itself, or together with those next beyond it. What agrees
     there agrees here, and where a point group leaves a shell a handful of numbers none could be sure alone.
@@ -80,7 +80,7 @@ def next_r_max(agreement: Float64, numbers: Float64, r_max: int, least: int, mos
 
 
 def _sure(agreement: Float64, numbers: Float64, shells: NDArray[np.int64]) -> bool:
-    """Whether so much agreement on average, of nothing but noise, is as rare as `SURE` standard errors are.
+    """Whether so much agreement on average, of nothing but noise, is as rare as `SURE` standard errors are, asked once.
 
     Of n independent pairs without a common signal r sqrt((n - 1) / (1 - r^2)) has Student's distribution of n - 1
     degrees of freedom; of many pairs r is within 1 / sqrt(n).

@@ -68,6 +68,7 @@ __all__ = [
 COARSE_R, COARSE_L = 10, 12  # largest band and bandwidth of the search over all rotations
 PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to be linear over a whole one
 COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
+FINE_OF_PRIOR = 1.5  # shifts in standard deviations of the prior: the sum over them is off by 2 exp(-2 (pi / 1.5)^2)
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels; half of them the heaviest, others drawn where many more hold mass
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
@@ -507,7 +508,7 @@ class _Scorer:
             self,
             observation=observation,
             weight=namespace(self.weight).ascontiguousarray(self.weight[:, : len(observation.support)]),
-            fine=observation.support.box / (FINE_STEP * r_max),
+            fine=_fine(observation.support.box, r_max, self.radius, self.zeta),
         )
 
     @cached_property
@@ -570,7 +571,7 @@ class _Scorer:
             log_p -= value[part, :1].astype(np.float32)
             e = xp.exp(log_p, out=log_p)
             total = e.sum(axis=1, dtype=np.float64)
-            mass[part] = value[part, 0] + xp.log(total) + 3 * np.log(spacing)
+            mass[part] = value[part, 0] + xp.log(total) + (3 * np.log(spacing) if self.radius else 0)
             spread[part] = total**2 / xp.einsum("nt,nt->n", e, e)
 
         map_threads(some, range(0, n, at_once), particle)
@@ -640,7 +641,7 @@ def integrate(
     """
     xp = namespace(observation.spectra)
     radius, support = min(max_shift, REACH * zeta), observation.support
-    fine, slack = support.box / (FINE_STEP * support.r_max), cell_width(_first_level(references[0].bandwidth))
+    fine, slack = _fine(support.box, support.r_max, radius, zeta), cell_width(_first_level(references[0].bandwidth))
     group, squared = xp.asarray(point_group(symmetry)), observation.weights**2 * precision
     scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
     with step("joint: all rotations"):
@@ -706,7 +707,7 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
         kin = tuple(x.reshape(b, -1) for x in kin)
         spacing = xp.broadcast_to(spacing, kin_worth.shape)
-        reach = xp.where(spacing < scorer.fine, min(scorer.reach, LOCAL_REACH), scorer.reach)
+        reach = xp.where(spacing < scorer.fine, LOCAL_REACH if scorer.reach else 0, scorer.reach)
         if (coarse := scorer.coarse) is not None:
             _, kin_worth = _screen(coarse, kin, kin_worth, centre, xp.ceil(reach * spacing / coarse.fine).astype(int))
         children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
@@ -725,6 +726,12 @@ def _rounds(bandwidth: int, r_max: int, asked: int | None) -> int:
     """How often cells of the first level are split, so that the finest are no wider than `FINEST` / r_max."""
     finest = int(np.ceil(np.log2(cell_width(0) * r_max / FINEST)))
     return asked if asked is not None else max(ROUNDS, finest - _first_level(bandwidth))
+
+
+def _fine(box: int, r_max: int, radius: float, zeta: float) -> float:
+    """Spacing of shifts that a sum over them can do with: for the correlation, the prior and the ball they lie in."""
+    spacing = min(box / (FINE_STEP * r_max), FINE_OF_PRIOR * zeta)
+    return min(spacing, radius / 2) if radius else spacing
 
 
 def _log_share(rotations: Array, group: Array, slack: float) -> Array:
@@ -822,7 +829,7 @@ def _candidates(
     of_cell = xp.where(alive, _logsumexp(xp.where(alive[..., None], cells.value, 0)), 0)
     volume = xp.where(alive, cells.mass - of_cell, -np.inf)
     value = xp.where(alive[..., None], cells.value, -np.inf).reshape(b, -1)
-    chosen, factor = thinned(value + xp.repeat(volume, k, axis=1), n_candidates, n_candidates // 2)
+    chosen, factor = thinned(value + xp.repeat(volume, k, axis=1), n_candidates, (n_candidates + 1) // 2)
     rows = xp.arange(b)[:, None]
     mass = value[rows, chosen] + volume[rows, chosen // k] + factor
     order = xp.argsort(-mass, axis=1)

@@ -30,7 +30,7 @@ def thinned(log_mass: Array, n: int, n_heaviest: int) -> tuple[Array, Array]:
     Returns
     -------
     chosen : (B, min(n, m)) int64
-        In no particular order.
+        In the order given.
     log_factor : (B, min(n, m)) float64
         0 for what goes on as it is, log(c / m) for what was drawn, -inf at places nothing was left for.
     """
@@ -56,7 +56,7 @@ def thinned(log_mass: Array, n: int, n_heaviest: int) -> tuple[Array, Array]:
     drawn = steps > xp.pad(steps[:, :-1], ((0, 0), (1, 0)))
     drawn &= xp.cumsum(drawn, axis=1) <= n_drawn[:, None]  # rounding may make it one more
 
-    chosen = xp.argsort(-(2 * kept + drawn.astype(np.int64)), axis=1)[:, :n]
+    chosen = xp.sort(xp.argsort(-(2 * kept + drawn.astype(np.int64)), axis=1)[:, :n], axis=1)
     was_kept, was_drawn = (xp.take_along_axis(x, chosen, axis=1) for x in (kept, drawn))
     own = xp.maximum(xp.take_along_axis(mass, chosen, axis=1), tiny)
     return chosen, xp.where(was_kept, 0, xp.where(was_drawn, xp.log(c / own), -np.inf))

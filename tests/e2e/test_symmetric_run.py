@@ -71,17 +71,6 @@ def test_the_symmetry_of_the_structure_brings_the_average_nearer_to_it(
         assert (rotation_angle(result.best.rotations, np.eye(3)) < nearest + 20).mean() > 0.75
 
 
-def test_the_band_follows_evidence_where_a_group_leaves_few_numbers_a_shell() -> None:
-    """Shells of four independent numbers: one cannot be sure alone, and here not even the next ones with it."""
-    made = simulate_particles(
-        [groel()], [40], box=BOX, voxel_size=VOXEL, snr=0.02, tilt_range=(-60.0, 60.0), seed=6, resolution=36.0,
-        max_shift=1.5,
-    )  # fmt: skip
-    bands = [row.r_max for row in averaged(made, True, symmetry="D7", iterations=4, band="evidence").history]
-    assert bands[0] == 6
-    assert bands[-1] >= 8  # where its seven-fold detail begins
-
-
 def test_unknown_groups_and_helices_that_cannot_be_are_refused_at_once(simulation: Simulation) -> None:
     for options, found in (
         ({"symmetry": "C0"}, "C0"),

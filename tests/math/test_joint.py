@@ -211,6 +211,29 @@ def test_integral_and_class_posterior_against_every_pose(case):
     np.testing.assert_allclose(posterior.class_probability, expected, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("max_shift", "zeta"),
+    [
+        (0.0, 1.0),  # no shifts: what a point of the lattice stands for must not depend on how finely cells are split
+        (0.5, 1.0),  # less than the band alone would have its lattice of shifts, 0.8
+        (2.0, 0.3),  # and so is the prior
+    ],
+)
+def test_integral_where_particles_are_known_to_be_near_the_centre(oracles, max_shift, zeta):
+    case = Case(oracles, 30.0)
+    candidates, volumes = case.integrate(max_shift=max_shift, zeta=zeta)
+    value = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * zeta**2) + volumes
+    spacing = min(0.5 * zeta, max_shift / 5) or 1.0
+    shifts = joint.shift_grid(min(max_shift, 4 * zeta), spacing)
+    prior = (shifts**2).sum(axis=1) * (0.5 / ZETA**2 - 0.5 / zeta**2)
+    rotations = joint.cell_rotations(*joint.all_cells(2))
+    for b in range(2):
+        parts = np.array_split(rotations, 20)
+        total = [logsumexp(case.log_posterior(b, 0, part, shifts) + prior) for part in parts]
+        expected = logsumexp(total) - np.log(len(rotations)) + 3 * np.log(spacing)
+        assert abs(logsumexp(value[b]) - expected) < 0.3
+
+
 def test_cells_that_stand_for_others_do_so_to_the_end(case, monkeypatch):
     """They stay where cells as light as they are would be left, and their children stand for theirs."""
     monkeypatch.setattr(joint, "_tolerance", lambda gain, i: 3.5 + 0 * gain)
@@ -418,7 +441,7 @@ def test_inner_shells_only(case):
     group = np.eye(3)[None]
     scorer = joint._Scorer(observation, case.references[0], weight, MAX_SHIFT, ZETA, 0.8, 1, group, 0.0)
     inner = scorer.within(3)
-    assert inner.fine == pytest.approx(BOX / (joint.FINE_STEP * 3))
+    assert inner.fine == pytest.approx(min(BOX / (joint.FINE_STEP * 3), MAX_SHIFT / 2))
     assert inner.reach == int(np.ceil(MAX_SHIFT / inner.fine))
     outside = case.support.shell > 3
     cut = replace(scorer, weight=np.where(outside, 0, weight).astype(np.float32))

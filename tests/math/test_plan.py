@@ -14,6 +14,7 @@ from faml_gpu.fast_alignment import make_reference
 from faml_gpu.fast_alignment.align import Observation, match, normalised_scores
 from faml_gpu.fourier import interpolation_grid, make_support
 from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.maximization import Accumulators
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Plan, resolve
 
@@ -56,6 +57,29 @@ def test_a_band_by_evidence_is_what_the_data_said(particles):
         ends = max(plan.tried, round(0.6 * plan.options.iterations))
         assert not plan.settled(replace(state, iteration=ends - 1, r_max=5), 5)
         assert plan.settled(replace(state, iteration=ends, r_max=5), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "together", "symmetric", "r_max"),
+    [
+        ("D7", 0.0, 0.9, 8),  # agreement of the sums beyond the band, and under the group
+        ("D7", 0.9, 0.0, 8),  # where a shell has a handful of numbers the sums without it may be the surer
+        ("D7", 0.0, 0.0, 5),
+        ("C1", 0.9, 0.0, 5),  # no group: the second are the first
+        ("C1", 0.0, 0.9, 8),
+    ],
+)
+def test_under_a_group_the_sums_with_it_and_without_are_asked(particles, rng, name, together, symmetric, r_max):
+    plan = Plan.make(particles, Options(iterations=20, mask_radius=75, band="evidence", symmetry=name), 40.0)
+    band = plan.band(State(5, np.zeros((1, N, N, N), np.float32), np.ones(1), np.ones(N // 2), 1.0, r_max=5))
+    empty = Accumulators.zero(1, len(band.output), 5, parts=2)
+
+    def sums(agreement: float) -> Accumulators:
+        common, *own = rng.standard_normal((3, len(band.output))) + 1j * rng.standard_normal((3, len(band.output)))
+        beyond = np.where(band.output.shell > 5, agreement, 1.0)
+        return replace(empty, sums=np.stack([np.sqrt(beyond) * common + np.sqrt(1 - beyond) * x for x in own]))
+
+    assert band.evidence(sums(together), sums(symmetric))[1] == r_max
 
 
 @pytest.mark.parametrize(

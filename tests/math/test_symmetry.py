@@ -21,6 +21,7 @@ from faml_gpu.symmetry import (
     distinct,
     helical_operators,
     impose_helix,
+    in_unit,
     point_group,
     symmetrise,
     unique_rotations,
@@ -317,3 +318,13 @@ def test_noise_falls_with_the_number_of_copies() -> None:
 def test_a_helix_that_does_not_fit_is_refused(rise: float, central: float) -> None:
     with pytest.raises(InputError, match=r"helix: found"):
         impose_helix(np.zeros((32, 32, 32)), rise, 20.0, central=central)
+
+
+@pytest.mark.parametrize("name", ["C1", "C4", "D7", "O"])
+def test_copies_in_the_asymmetric_unit(name, rng):
+    group, rotations = point_group(name), random_rotations(40, rng).reshape(8, 5, 3, 3)
+    found = in_unit(rotations, group)
+    turned = np.swapaxes(rotations, -1, -2) @ found
+    assert rotation_angle(turned[:, :, None], group).min(axis=-1).max() < 1e-5  # degrees: a copy
+    least = rotation_angle(rotations[:, :, None] @ group, np.eye(3)).min(axis=-1)
+    np.testing.assert_allclose(rotation_angle(found, np.eye(3)), least, atol=1e-5)
