@@ -192,7 +192,7 @@ def _lookup(support: Support, rotation: Array) -> tuple[Array, Array]:
 
 
 def in_unit(rotations: Float64, group: Float64) -> Float64:
-    """The copies of rotations (..., 3, 3) under a group (g, 3, 3) that lie in the asymmetric unit: nearest the identity."""
+    """The copies of rotations (..., 3, 3) under a group (g, 3, 3) in the asymmetric unit: nearest to the identity."""
     copies = rotations[..., None, :, :] @ group
     nearest = np.trace(copies, axis1=-2, axis2=-1).argmax(axis=-1)
     return np.take_along_axis(copies, nearest[..., None, None, None], axis=-3)[..., 0, :, :]
