@@ -623,7 +623,8 @@ class Band:
         refined = []
         for k, (reference, found) in enumerate(zip(references, candidates, strict=True)):
             rotations, shifts, count = likeliest(earlier, k, REFINED)
-            rotations = symmetry.in_unit(rotations, symmetry.point_group(self.symmetry))  # where the others are
+            # In the asymmetric unit, where the others are.
+            rotations = symmetry.nearest_copies(rotations, np.eye(3), symmetry.point_group(self.symmetry))
             found = fast_alignment.carry_over(found, rotations, shifts, count)
             refined.append(
                 fast_alignment.refine(observation, reference, found, self.precision, REFINED, self.plan.max_shift)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from faml_gpu.data import BestPoses, Posterior
 from faml_gpu.expectation import BatchPosterior
+from faml_gpu.symmetry import nearest_copies
 
 __all__ = ["best_poses", "gathered", "in_frame", "join", "joined", "likeliest", "one_hot", "scattered", "unfolded"]
 
@@ -84,9 +85,7 @@ def unfolded(posterior: BatchPosterior, group: NDArray[np.float64]) -> BatchPost
     _, first, pair = np.unique(of[order], return_index=True, return_inverse=True)
     heaviest = np.empty(len(of), np.int64)
     heaviest[order] = order[first][pair]
-    copies = posterior.rotations[:, None] @ group
-    nearest = np.einsum("nij,ngij->ng", posterior.rotations[heaviest], copies).argmax(axis=1)
-    return replace(posterior, rotations=copies[np.arange(len(of)), nearest])
+    return replace(posterior, rotations=nearest_copies(posterior.rotations, posterior.rotations[heaviest], group))
 
 
 def best_poses(posterior: Posterior) -> BestPoses:

@@ -24,7 +24,7 @@ __all__ = [
     "distinct",
     "helical_operators",
     "impose_helix",
-    "in_unit",
+    "nearest_copies",
     "order",
     "point_group",
     "symmetrise",
@@ -191,10 +191,13 @@ def _lookup(support: Support, rotation: Array) -> tuple[Array, Array]:
 # --- poses --------------------------------------------------------------------------------------------------
 
 
-def in_unit(rotations: Float64, group: Float64) -> Float64:
-    """The copies of rotations (..., 3, 3) under a group (g, 3, 3) in the asymmetric unit: nearest to the identity."""
+def nearest_copies(rotations: Float64, to: Float64, group: Float64) -> Float64:
+    """Of the copies of rotations (..., 3, 3) under a group (g, 3, 3) those nearest `to`, (..., 3, 3).
+
+    Nearest to the identity they are in the asymmetric unit.
+    """
     copies = rotations[..., None, :, :] @ group
-    nearest = np.trace(copies, axis1=-2, axis2=-1).argmax(axis=-1)
+    nearest = (copies * to[..., None, :, :]).sum(axis=(-2, -1)).argmax(axis=-1)
     return np.take_along_axis(copies, nearest[..., None, None, None], axis=-3)[..., 0, :, :]
 
 

@@ -21,7 +21,7 @@ from faml_gpu.symmetry import (
     distinct,
     helical_operators,
     impose_helix,
-    in_unit,
+    nearest_copies,
     point_group,
     symmetrise,
     unique_rotations,
@@ -323,7 +323,7 @@ def test_a_helix_that_does_not_fit_is_refused(rise: float, central: float) -> No
 @pytest.mark.parametrize("name", ["C1", "C4", "D7", "O"])
 def test_copies_in_the_asymmetric_unit(name, rng):
     group, rotations = point_group(name), random_rotations(40, rng).reshape(8, 5, 3, 3)
-    found = in_unit(rotations, group)
+    found = nearest_copies(rotations, np.eye(3), group)
     turned = np.swapaxes(rotations, -1, -2) @ found
     assert rotation_angle(turned[:, :, None], group).min(axis=-1).max() < 1e-5  # degrees: a copy
     least = rotation_angle(rotations[:, :, None] @ group, np.eye(3)).min(axis=-1)
