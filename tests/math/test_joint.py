@@ -372,6 +372,28 @@ def test_mass_of_a_rotation_is_that_of_all_its_shifts(case, nothing_drawn, monke
             assert len(rotations) >= 4
 
 
+@pytest.mark.parametrize(("gain", "n_shifts"), [(6.0, 1), (60.0, 1), (6.0, 16), (60.0, 16)])
+def test_shifts_drawn_stand_for_all(oracles, gain, n_shifts, nothing_drawn, monkeypatch):
+    """Means of t and |t|^2 over the cells looked at: the best shift of each would have them too large or too small."""
+    case = Case(oracles, gain)
+    monkeypatch.setattr(joint, "MASS", 2.0)  # nothing is left out
+    monkeypatch.setattr(joint, "SELECTED", 300)
+    shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
+    candidates, volumes = case.integrate(n=300 * n_shifts, n_shifts=n_shifts, rounds=0)
+    log_mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
+
+    def moments(mass, shifts):
+        return np.array([*(mass @ shifts), mass @ (shifts**2).sum(axis=1)]) / mass.sum()
+
+    for b in range(3):
+        rotations = np.unique(candidates.rotations[b, : candidates.count[b]].round(9), axis=0)
+        log_p = case.log_posterior(b, 0, rotations, shifts)
+        expected = moments(np.exp(logsumexp(log_p, axis=0) - log_p.max()), shifts)
+        found = moments(np.exp(log_mass[b] - log_mass[b].max()), candidates.shifts[b])
+        # Some 5 (60 nats) to 100 (6) cells of one draw each.
+        np.testing.assert_allclose(found, expected, atol=0.25 if n_shifts == 1 else 0.08)
+
+
 def test_lattice_of_shifts_does_not_matter(case, monkeypatch):
     sums = []
     for fine in (joint.FINE_STEP, 2 * joint.FINE_STEP):
@@ -387,7 +409,7 @@ def test_noise_free_poses_are_found(oracles, gain, degrees):
     case = Case(oracles, gain)
     case.observation = case.observe(case.clean)
     candidates, volumes = case.integrate()
-    best = candidates.gain.argmax(axis=1)
+    best = np.zeros(3, np.int64)  # the most massive; its shift is any of those as good
     rows = np.arange(3)
     assert (rotation_angle(candidates.rotations[rows, best], case.rotations) < degrees).all()
     assert (np.abs(candidates.shifts[rows, best] - case.shifts) < 0.25).all()
@@ -412,10 +434,10 @@ def test_cells_are_screened_without_loss(oracles, gain, monkeypatch):
     work = {}
     score = joint._Scorer.score
 
-    def counted(self, particle, rotations, centre, spacing, reach):
+    def counted(self, particle, rotations, fraction, centre, spacing, reach):
         if self.observation.support.r_max == R_MAX:
             work[screen] = work.get(screen, 0) + len(particle) * (2 * reach + 1) ** 3
-        return score(self, particle, rotations, centre, spacing, reach)
+        return score(self, particle, rotations, fraction, centre, spacing, reach)
 
     monkeypatch.setattr(joint._Scorer, "score", counted)
     found = {}
@@ -445,14 +467,15 @@ def test_inner_shells_only(case):
     assert inner.reach == int(np.ceil(MAX_SHIFT / inner.fine))
     outside = case.support.shell > 3
     cut = replace(scorer, weight=np.where(outside, 0, weight).astype(np.float32))
-    arguments = np.arange(3), case.rotations, np.zeros((3, 3)), 0.9, 2
-    mass, shift, value, spread, power = cut.score(*arguments)
+    arguments = np.arange(3), case.rotations, np.array([0.2, 0.5, 0.8]), np.zeros((3, 3)), 0.9, 2
+    mass, mode, highest, shift, value, spread, power = cut.score(*arguments)
     found = inner.score(*arguments)
-    np.testing.assert_allclose(found[0], mass - 5 + 3, atol=2e-3)
-    np.testing.assert_array_equal(found[1], shift)
-    np.testing.assert_allclose(found[2], value - 5 + 3, atol=2e-3)
-    np.testing.assert_allclose(found[3], spread, rtol=1e-3)
-    np.testing.assert_allclose(found[4], power, rtol=1e-4)
+    for i, expected in ((0, mass), (2, highest), (4, value)):
+        np.testing.assert_allclose(found[i], expected - 5 + 3, atol=2e-3)
+    np.testing.assert_array_equal(found[1], mode)
+    np.testing.assert_array_equal(found[3], shift)
+    np.testing.assert_allclose(found[5], spread, rtol=1e-3)
+    np.testing.assert_allclose(found[6], power, rtol=1e-4)
 
 
 def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
