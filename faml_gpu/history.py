@@ -32,9 +32,9 @@ def record(
     clock: Clock,
 ) -> IterationRecord:
     """The record of an iteration, and whether the stopping rule holds."""
-    last, now = best_poses(before.posterior), best_poses(posterior)
+    now = best_poses(posterior)
     bandwidth = plan.bandwidth(band.r_max)
-    changed = float((last.classes != now.classes).mean())
+    changed = float((before.posterior.class_probability.argmax(axis=1) != now.classes).mean())
     pose_change = float(np.median(_pose_change(before.posterior, now, point_group(band.symmetry))))
     correlation = [_correlation(a, b, plan.mask) for a, b in zip(before.state.maps, new.maps, strict=True)]
     # The grid step is that of alpha and gamma, 180 / L degrees.

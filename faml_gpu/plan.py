@@ -484,6 +484,8 @@ class Band:
             return None, None
         shell = to_host(self.output.shell)
         n_classes = len(self.state.maps)
+        # The sums are within `wide_mask`, and have more independent numbers than this: what is asked for is some five
+        # standard errors, not three, of each of several windows of shells.
         voxels = 2 * masks.independent_share(self.plan.mask) * np.bincount(shell) * n_classes
         least, most = self.plan.r_start, self.plan.r_max(self.state.iteration + 2)
 

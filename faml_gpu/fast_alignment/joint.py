@@ -74,13 +74,13 @@ FINE_OF_PRIOR = 1.5  # shifts in standard deviations of the prior: the sum over 
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels; half of them the heaviest, others drawn where many more hold mass
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
-SPLIT = 12  # at most so many of them are split in eight, in each round
+SPLIT = 8  # at most so many of them are split in eight, in each round
 FINEST = (
     52.0  # degrees, over r_max: as wide as the finest cells may be; within 0.35 boxes two radians of phase at r_max
 )
 ROUNDS = 3  # at least, of splitting
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
-LOCAL_REACH = 4  # points of a finer lattice to either side of the best shift
+LOCAL_REACH = 3  # points of a finer lattice to either side of the best shift
 TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
 GOLDEN = 0.6180339887498949  # multiples of it, less their whole part, are spread evenly over 0 to 1
 BELOW_ONE = 1 - 1e-12
@@ -664,7 +664,7 @@ def integrate(
     first = [_search(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
     best = xp.stack([cells.mass.max(axis=1) for cells in first])  # (K, B)
     gain = xp.stack([cells.highest.max(axis=1) for cells in first]).max(axis=0)
-    hopeful = best > best.max(axis=0) - _tolerance(gain, 0)
+    hopeful = best > best.max(axis=0) - _tolerance(gain)
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
@@ -689,7 +689,7 @@ def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> _Cells:
         chosen, factor = thinned(coarse_mass + part, SELECTED, SELECTED // 2)
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
         best = of_chosen.max(axis=1, keepdims=True)
-        worth = of_chosen + factor > best - _tolerance(best, 0)
+        worth = of_chosen + factor > best - _tolerance(best)
         first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
         centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
         if (coarse := scorer.coarse) is not None:
@@ -759,13 +759,18 @@ def cell_width(level: int) -> float:
     return float(60 * 0.5**level)
 
 
-def _tolerance(gain: Array, i: int) -> Array:
-    """Nats by which a cell may be behind the best and still hold the maximum: it is off by part of the gain.
+def _tolerance(gain: Array) -> Array:
+    """Nats by which a cell of the first level, or a class by these, may be behind the best and still come out ahead."""
+    return 6 + 0.3 * namespace(gain).maximum(gain, 0)
 
-    Within a cell the correlation falls with the square of its width, so each round needs a quarter of it.
+
+def _tolerance_of_round(gain: Array, i: int) -> Array:
+    """Nats by which a cell may be behind the best in round i and be worth splitting: it is off by part of the gain.
+
+    Within a cell the correlation falls with the square of its width, so each round needs a quarter of it. Those that
+    are not split keep the mass they have.
     """
-    xp = namespace(gain)
-    return 6 + 0.3 * xp.maximum(gain, 0) / 4**i
+    return 4 + 0.2 * namespace(gain).maximum(gain, 0) / 4 ** (i + 1)
 
 
 def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
@@ -775,7 +780,7 @@ def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
     parents = xp.argsort(-cells.mass, axis=1)[:, :n]
     mass = xp.take_along_axis(cells.mass, parents, axis=1)
     gain = xp.take_along_axis(cells.highest, parents, axis=1)[:, :1]
-    worth = mass > mass[:, :1] - _tolerance(gain, i + 1)
+    worth = mass > mass[:, :1] - _tolerance_of_round(gain, i)
     share = cells.mass - _logsumexp(cells.mass)[:, None]
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
 
@@ -787,7 +792,7 @@ def _screen(
     xp = namespace(worth)
     cells = _score_cells(coarse, which, worth, centre, xp.full(worth.shape, coarse.fine), reach)
     best, gain = cells.mass.max(axis=1, keepdims=True), cells.highest.max(axis=1, keepdims=True)
-    return cells, worth & (cells.mass > best - (15 + 0.05 * xp.maximum(gain, 0)))
+    return cells, worth & (cells.mass > best - (10 + 0.05 * xp.maximum(gain, 0)))
 
 
 def _near(coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array) -> tuple[Array, Array]:
