@@ -35,6 +35,8 @@ __all__ = [
     "on_host",
     "out_of_memory",
     "release_memory",
+    "sent",
+    "staged",
     "step",
     "synchronize",
     "to_device",
@@ -97,6 +99,37 @@ def to_device(array: Array, device: str) -> Array:
     return cupy.asarray(array)
 
 
+def staged(array: Array, device: str) -> Array:
+    """A copy on the host in page-locked memory, which a GPU reads from by itself; for the CPU the array as it is.
+
+    From any thread: CuPy's current device is that of each.
+    """
+    if device == "cpu":
+        return array
+    import cupy
+    import cupyx
+
+    with cupy.cuda.Device(_number_of(device)):
+        locked = cupyx.empty_pinned(array.shape, array.dtype)
+    locked[...] = array
+    return locked
+
+
+def sent(array: Array, device: str) -> Array:
+    """As `to_device`, without waiting for what is `staged` to arrive: what the device does next with it waits."""
+    if device == "cpu":
+        return to_host(array)
+    import cupy
+
+    there = cupy.empty(array.shape, array.dtype)
+    there.set(np.ascontiguousarray(array), stream=cupy.cuda.get_current_stream())
+    return there
+
+
+def _number_of(device: str) -> int:
+    return int(device.partition(":")[2])
+
+
 @contextmanager
 def use_device(device: str) -> Iterator[None]:
     """Inside the block new arrays of CuPy's lie on that device; nothing to do for "cpu".
@@ -111,7 +144,7 @@ def use_device(device: str) -> Iterator[None]:
         return
     import cupy
 
-    with cupy.cuda.Device(int(device.partition(":")[2])):
+    with cupy.cuda.Device(_number_of(device)):
         cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
         try:
             yield

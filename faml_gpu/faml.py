@@ -21,6 +21,7 @@ from faml_gpu.noise import new_scale, noise_groups
 from faml_gpu.options import Options
 from faml_gpu.plan import Band, Clock, Plan, resolve, start_lowpass
 from faml_gpu.posteriors import best_poses, gathered, join, scattered, unfolded
+from faml_gpu.reading import Ahead
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
 from faml_gpu.symmetry import point_group
@@ -209,16 +210,17 @@ def iterate(
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
     against = None
-    for part in range(so_far.part, len(parts)):
-        band = whole.holding_out(part)
-        if against is None or band is not whole:
-            with clock("references"):
-                references = band.references()
-            against = partial(e_step, band, references, [{} for _ in references])
-        left = parts[part][so_far.of_part.n :]
-        for posterior, sums in plan.over_batches(particles, against, clock, progress, name, left, so_far.done):
-            so_far.add(posterior, sums)
-        so_far.close_part()
+    with Ahead(particles, plan.device) as ahead:
+        for part in range(so_far.part, len(parts)):
+            band = whole.holding_out(part)
+            if against is None or band is not whole:
+                with clock("references"):
+                    references = band.references()
+                against = partial(e_step, band, references, [{} for _ in references])
+            left, then = parts[part][so_far.of_part.n :], (*parts, None)[part + 1]
+            for posterior, sums in plan.over_batches(ahead, against, clock, progress, name, left, so_far.done, then):
+                so_far.add(posterior, sums)
+            so_far.close_part()
 
     with clock("maximization"):
         order, posteriors = np.concatenate(parts), so_far.posteriors

@@ -22,6 +22,7 @@ from faml_gpu.array_backend import (
     on_host,
     out_of_memory,
     release_memory,
+    sent,
     step,
     synchronize,
     to_device,
@@ -34,6 +35,7 @@ from faml_gpu.fast_alignment import Candidates, JointReference, Observation, Ref
 from faml_gpu.fourier import Support
 from faml_gpu.options import GROWING, Options
 from faml_gpu.posteriors import likeliest
+from faml_gpu.reading import Ahead
 
 __all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
 
@@ -215,21 +217,23 @@ class Plan:
 
     def over_batches(
         self,
-        particles: ParticleSource,
+        particles: Ahead,
         work: Callable[[Batch, Array, Int64], Done],
         clock: Clock,
         progress: Progress | None,
         name: str,
         members: Int64 | None = None,
         before: int = 0,
+        then: Int64 | None = None,
     ) -> Iterator[Done]:
         """Map over the particles: `work(batch, spectra, numbers)` for each batch on the device, in order.
 
         `spectra` are the transforms of its normalised boxes, `numbers` those of its particles. Of `members` only, if
-        there are any, `before` of all particles having been done. A batch for which the device has too little memory is
-        done again in halves, and so are all after it.
+        there are any, `before` of all particles having been done; `then` come those that will be asked for after them.
+        A batch for which the device has too little memory is done again in halves, and so are all after it.
         """
         members = np.arange(len(particles)) if members is None else members
+        then = members[:0] if then is None else then
         first = 0
         if progress is not None:
             progress(name, before, len(particles))
@@ -237,8 +241,11 @@ class Plan:
         def attempt(size: int) -> Done | None:
             try:
                 numbers = members[first : first + size]
+                left = members[first + size :]
                 with clock("read"):
-                    batch = self.to_device(particles.read(numbers))
+                    following = left[: self.batch.size] if len(left) else then[: self.batch.size]
+                    on_its_way = particles.read(numbers, following)  # kept: it may not have arrived yet
+                    batch = self.to_device(on_its_way)
                     spectra = self.spectra(batch)
                 return work(batch, spectra, numbers)
             except Exception as error:
@@ -262,8 +269,8 @@ class Plan:
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with its arrays on the device: the one transfer to it."""
-        boxes, weights, index = (to_device(a, self.device) for a in (batch.boxes, batch.weights, batch.weight_index))
-        multiplied = None if batch.multiplied is None else to_device(batch.multiplied, self.device)
+        boxes, weights, index = (sent(a, self.device) for a in (batch.boxes, batch.weights, batch.weight_index))
+        multiplied = None if batch.multiplied is None else sent(batch.multiplied, self.device)
         return replace(batch, boxes=boxes, weights=weights, weight_index=index, multiplied=multiplied)
 
     def spectra(self, batch: Batch) -> Array:

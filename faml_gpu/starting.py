@@ -14,6 +14,7 @@ from faml_gpu.geometry import random_rotations
 from faml_gpu.noise import noise_groups
 from faml_gpu.plan import Band, Clock, Plan
 from faml_gpu.posteriors import gathered, in_frame, one_hot
+from faml_gpu.reading import Ahead
 from faml_gpu.symmetry_axes import find_axes, moved_onto_axes
 
 __all__ = ["average_sums", "final_averages", "fold_averages", "onto_axes", "start"]
@@ -175,9 +176,10 @@ def average_sums(
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 
-    for s, w in plan.over_batches(particles, add, clock, progress, "averages", members):
-        sums += to_host(s)
-        weights += to_host(w)
+    with Ahead(particles, plan.device) as ahead:
+        for s, w in plan.over_batches(ahead, add, clock, progress, "averages", members):
+            sums += to_host(s)
+            weights += to_host(w)
     counted = posterior if members is None else gathered(posterior, members)
     mass = np.bincount(counted.class_index, counted.probability, minlength=n_classes).astype(np.float64)
     return *plan.symmetrise(sums, weights, support, plan.options.symmetry), mass

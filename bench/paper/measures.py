@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from particles import Sample
 
 from faml_gpu import metrics
-from faml_gpu.array_backend import to_host
-from faml_gpu.data import ParticleSource, Poses, Posterior
+from faml_gpu.array_backend import Array, to_host
+from faml_gpu.data import Batch, ParticleSource, Poses, Posterior
 from faml_gpu.evaluation.classes import Partner, by_particles, classification
 from faml_gpu.evaluation.inputs import Found, NamedMap, Truth
 from faml_gpu.evaluation.maps import Comparison
@@ -20,6 +20,7 @@ from faml_gpu.fourier import full_band, make_support
 from faml_gpu.maximization import covered
 from faml_gpu.plan import Clock, Plan
 from faml_gpu.posteriors import best_poses, gathered
+from faml_gpu.reading import Ahead
 
 __all__ = ["FILTERS", "convergence", "coverage", "measure"]
 
@@ -147,15 +148,12 @@ def coverage(plan: Plan, particles: ParticleSource, posterior: Posterior) -> lis
     support = make_support(plan.box, full_band(plan.box)).to(plan.device)
     n_classes = posterior.class_probability.shape[1]
     weights = np.zeros((n_classes, len(support)))
-    for part in plan.over_batches(
-        particles,
-        lambda batch, spectra, numbers: plan.rotate_back(
-            gathered(posterior, numbers), batch, spectra, support, n_classes
-        )[1],
-        Clock(plan.device),
-        None,
-        "coverage",
-    ):
-        weights += to_host(part)
+
+    def back(batch: Batch, spectra: Array, numbers: np.ndarray) -> Array:
+        return plan.rotate_back(gathered(posterior, numbers), batch, spectra, support, n_classes)[1]
+
+    with Ahead(particles, plan.device) as ahead:
+        for part in plan.over_batches(ahead, back, Clock(plan.device), None, "coverage"):
+            weights += to_host(part)
     mass = np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64)
     return [float(share) for share in covered(weights, mass)]

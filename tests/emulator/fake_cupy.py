@@ -666,6 +666,11 @@ def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any =
     return ndarray(prototype.shape if shape is None else shape, prototype.dtype if dtype is None else dtype)
 
 
+def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
+    """cupyx.empty_pinned: an array of the host's."""
+    return np.empty(shape, dtype, order)  # type: ignore[call-overload,no-any-return]
+
+
 def get_array_module(*args: Any) -> Any:
     """cupy.get_array_module."""
     return sys.modules["cupy"] if any(isinstance(item, ndarray) for item in args) else np
@@ -748,7 +753,7 @@ def modules() -> dict[str, ModuleType]:
     )
     scipy_fft = Namespace("cupyx.scipy.fft", (scipy.fft,))
     scipy_ = Namespace("cupyx.scipy", fft=scipy_fft)
-    cupyx = Namespace("cupyx", scipy=scipy_)
+    cupyx = Namespace("cupyx", scipy=scipy_, empty_pinned=empty_pinned)
     all_modules = [cupy, cuda, *cuda_parts.values(), fft, config, linalg, cupyx, scipy_, scipy_fft]
     return {module.__name__: module for module in all_modules}
 

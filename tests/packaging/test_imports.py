@@ -23,7 +23,7 @@ RANKS = [
     {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry", "resolution"},
     {"metrics"},
     {"expectation", "maximization", "voronoi", "fast_alignment", "simulate", "io"},
-    {"posteriors", "unfinished", "uncertainty", "noise", "run_reader"},
+    {"posteriors", "unfinished", "uncertainty", "noise", "reading", "run_reader"},
     {"report"},
     {"plan"},
     {"symmetry_axes"},

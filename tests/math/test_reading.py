@@ -1,0 +1,94 @@
+"""Reading ahead: the same batches, one of them before it is asked for, and errors in their place."""
+
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from faml_gpu.data import Batch
+from faml_gpu.errors import InputError
+from faml_gpu.reading import Ahead
+
+WAIT = 10.0  # seconds, for what takes none
+
+
+class Source:
+    """Boxes of one voxel that hold their number; what was read, and by which thread, is noted."""
+
+    def __init__(self, n=12, bad=()):
+        self.n, self.bad, self.asked, self.threads = n, bad, [], set()
+        self.read_now = threading.Condition()
+
+    def __len__(self):
+        return self.n
+
+    def read(self, numbers):
+        with self.read_now:
+            self.asked.append(numbers.tolist())
+            self.threads.add(threading.current_thread())
+            self.read_now.notify_all()
+        if set(self.bad) & set(numbers.tolist()):
+            raise InputError(f"boxes {numbers.tolist()}: found one that is gone")
+        boxes = numbers.astype(np.float32)[:, None, None, None]
+        return Batch(boxes, np.ones((1, 1, 1, 1), np.float32), np.zeros(len(numbers), np.int64), ("one",))
+
+    def wait_for(self, count):
+        with self.read_now:
+            return self.read_now.wait_for(lambda: len(self.asked) >= count, WAIT)
+
+
+def numbers_of(batch):
+    return batch.boxes[:, 0, 0, 0].astype(int).tolist()
+
+
+PARTS = [np.arange(0, 5), np.arange(5, 10), np.arange(10, 12), np.arange(0)]
+
+
+def test_each_batch_is_read_once_and_one_ahead():
+    source = Source()
+    with Ahead(source, "cpu") as ahead:
+        assert len(ahead) == 12
+        for i, (part, following) in enumerate(pairwise(PARTS)):
+            assert numbers_of(ahead.read(part, following)) == part.tolist()
+            # While this one is worked on, the next is read: nobody has asked for it yet.
+            assert source.wait_for(min(i + 2, 3))
+    assert source.asked == [p.tolist() for p in PARTS[:-1]]
+    assert threading.main_thread() not in source.threads
+    assert len(source.threads) == 1
+    assert not source.threads.pop().is_alive()
+
+
+def test_what_was_not_foretold_is_read_all_the_same():
+    """Smaller batches after memory ran out."""
+    source = Source()
+    with Ahead(source, "cpu") as ahead:
+        assert numbers_of(ahead.read(PARTS[0], PARTS[1])) == PARTS[0].tolist()
+        assert numbers_of(ahead.read(PARTS[0][:3], PARTS[0][3:])) == [0, 1, 2]
+        assert numbers_of(ahead.read(PARTS[0][3:], PARTS[1])) == [3, 4]
+
+
+def test_what_goes_wrong_is_told_with_its_own_batch():
+    source = Source(bad=[7])
+    with Ahead(source, "cpu") as ahead:
+        assert numbers_of(ahead.read(PARTS[0], PARTS[1])) == PARTS[0].tolist()
+        with pytest.raises(InputError, match=r"\[5, 6, 7, 8, 9\]"):
+            ahead.read(PARTS[1], PARTS[2])
+
+
+def test_in_page_locked_memory_for_a_gpu(emulated_gpu, monkeypatch):
+    import cupyx
+
+    made = []
+    empty = cupyx.empty_pinned
+
+    def counted(*arguments):
+        made.append(empty(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(cupyx, "empty_pinned", counted)
+    with Ahead(Source(), "cuda:0") as ahead:
+        batch = ahead.read(PARTS[1], PARTS[3])
+    assert numbers_of(batch) == PARTS[1].tolist()
+    assert batch.boxes is made[0]
+    assert batch.weights is made[1]
