@@ -22,7 +22,8 @@ class BatchPosterior:
     """Poses of a batch that carry posterior mass, flat and sorted by particle (host arrays).
 
     particle, class_index (n,) int64; rotations (n, 3, 3); shifts (n, 3); probability (n,), sums to 1 per particle.
-    residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose.
+    residual (n, r_max + 1): w^2 |X - RA|^2 per Fourier shell of each kept pose. shift2 (n,): mean of |t|^2 over the
+    shifts it stands for, voxels^2.
     log_likelihood (B,): logsumexp over classes and poses; class_probability (B, K), of all poses.
     candidates: how many poses of all classes there were. gain (B,): nats by which the likeliest pose is likelier than
     no signal at all. scale (B,): see `fitted_scale`; None where not asked for.
@@ -34,6 +35,7 @@ class BatchPosterior:
     shifts: NDArray[np.float64]
     probability: NDArray[np.float64]
     residual: NDArray[np.float64]
+    shift2: NDArray[np.float64]
     log_likelihood: NDArray[np.float64]
     class_probability: NDArray[np.float64]
     candidates: int
@@ -109,9 +111,11 @@ def expectation(
         residual = np.stack(residuals, axis=1)  # (B, K, n, r_max + 1)
         least = np.where(kept, residual @ precision, np.inf).reshape(b, -1).min(axis=1)
         weight = observation.weights[observation.weight_index] ** 2
-        own = to_host(observation.support.shell_sums(weight * abs(observation.spectra) ** 2))
+        power = to_host(observation.support.shell_sums(weight * abs(observation.spectra) ** 2))
         rotations = np.stack([to_host(c.rotations) for c in candidates])
         shifts = np.stack([to_host(c.shifts) for c in candidates])
+        own = [(c.shifts**2).sum(axis=-1) if c.shift2 is None else c.shift2 for c in candidates]
+        shift2 = np.stack([to_host(x) for x in own])
         return BatchPosterior(
             particle.astype(np.int64),
             class_index.astype(np.int64),
@@ -119,10 +123,11 @@ def expectation(
             shifts[class_index, particle, pose],
             p,
             residual[particle, class_index, pose],
+            shift2[class_index, particle, pose],
             evidence,
             probability.sum(axis=2),
             n_candidates,
-            0.5 * (own @ precision - least),
+            0.5 * (power @ precision - least),
         )
 
 
@@ -186,6 +191,7 @@ def _that_matter(
             c.correlation[rows, o],
             m,
             g[rows, o],
+            None if c.shift2 is None else c.shift2[rows, o],
         )
         for c, o, m, g in zip(candidates, order, count, gains, strict=True)
     ]

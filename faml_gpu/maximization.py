@@ -43,7 +43,7 @@ class Accumulators:
     sums (K, M) complex128: sum of P R^-1(w X); weights (K, M) float64: sum of P R^-1 w; mass (K,): sum of P; K rows for
     each of the `parts` of the particles whose sums are kept apart;
     residual, observed (G, r_max + 1): see `noise_sums`, per noise curve and Fourier shell;
-    shift2: sum of P |t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
+    shift2: sum of P E|t|^2, voxels^2; log_evidence: sum of logsumexp; candidates: poses; n: particles.
     `sums` and `weights` are on the device of the E-step, the rest is NumPy's.
     """
 

@@ -728,7 +728,7 @@ class Band:
             np.bincount(posterior.class_index, posterior.probability, minlength=n_classes).astype(np.float64),
             residual,
             observed,
-            float(posterior.probability @ (posterior.shifts**2).sum(axis=1)),
+            float(posterior.probability @ posterior.shift2),
             float(posterior.log_likelihood.sum()),
             posterior.candidates,
             len(spectra),

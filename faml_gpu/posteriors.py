@@ -17,7 +17,6 @@ __all__ = ["best_poses", "gathered", "in_frame", "join", "joined", "likeliest", 
 Int64 = NDArray[np.int64]
 
 PAIRS_AT_ONCE = 1_000_000  # of poses, compared
-HALF = 0.5 - 1e-9  # of the mass, if by rounding it is a little more
 
 
 def one_hot(
@@ -94,8 +93,7 @@ def best_poses(posterior: Posterior) -> BestPoses:
 
     Of the poses that carry mass it is the one in the middle of where most of it lies. The one with the most mass would
     do where each stands for as much of the space of poses as any other; here one may stand for many that are unlike it
-    (`fast_alignment.thinning`), or for a large cell of a Voronoi tessellation. Its shift is likewise the mean of those
-    of the poses nearest to it that hold half of the mass: its own is one of many as likely.
+    (`fast_alignment.thinning`), or for a large cell of a Voronoi tessellation.
     """
     n = len(posterior.class_probability)
     classes = np.argmax(posterior.class_probability, axis=1).astype(np.int64)
@@ -104,7 +102,7 @@ def best_poses(posterior: Posterior) -> BestPoses:
     first = np.searchsorted(posterior.particle[order], np.arange(n))
     best = order[first]  # of each particle the one with the most mass, so far
     count = np.bincount(posterior.particle[inside], minlength=n)
-    most, shifts = int(count.max(initial=1)), posterior.shifts[best]
+    most = int(count.max(initial=1))
     at_once = max(1, PAIRS_AT_ONCE // most**2)
     for some in np.array_split(np.flatnonzero(count > 2), 1 + n // at_once):  # of two it is that with more mass
         place = np.arange(most)
@@ -113,18 +111,11 @@ def best_poses(posterior: Posterior) -> BestPoses:
         flat = posterior.rotations[rows].reshape(len(some), most, 9)
         angle = np.arccos(np.clip((flat @ flat.transpose(0, 2, 1) - 1) / 2, -1, 1))
         expected = (angle * mass[:, None, :]).sum(axis=2)  # beyond the count: that of the last, again
-        row, middle = np.arange(len(some)), expected.argmin(axis=1)
-        best[some] = rows[row, middle]
-        nearest = np.where(place < count[some, None], angle[row, middle], np.inf).argsort(axis=1, kind="stable")
-        mass = np.take_along_axis(mass, nearest, axis=1)
-        before = np.cumsum(mass, axis=1) - mass
-        mass *= before < HALF * mass.sum(axis=1, keepdims=True)
-        moved = posterior.shifts[np.take_along_axis(rows, nearest, axis=1)]
-        shifts[some] = np.einsum("ij,ijk->ik", mass, moved) / mass.sum(axis=1, keepdims=True)
+        best[some] = rows[np.arange(len(some)), expected.argmin(axis=1)]
     return BestPoses(
         classes,
         posterior.rotations[best],
-        shifts,
+        posterior.shifts[best],
         np.minimum(posterior.probability[order[first]], 1.0),
     )
 

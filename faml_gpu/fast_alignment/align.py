@@ -145,6 +145,7 @@ class Candidates:
     gain (B, n): by how many nats each lowers -1/2 sum w^2 |X - RA|^2 / sigma^2 against no reference at all, inf where
     that is not known. Known to the parabolas of the shift search, it is no posterior, but tells what cannot matter.
     -inf, and correlation 0, where the inner shells alone already told so (`screen_band`).
+    shift2 (B, n): mean of |t|^2 over the shifts that each stands for, voxels^2; None where that is its own.
     """
 
     rotations: Array
@@ -152,6 +153,7 @@ class Candidates:
     correlation: Array
     count: Array
     gain: Array | None = None
+    shift2: Array | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Candidates]) -> Candidates:
@@ -164,7 +166,8 @@ class Candidates:
             for name in ("rotations", "shifts", "correlation", "count")
         )
         gain = None if parts[0].gain is None else xp.concatenate([p.gain for p in parts])
-        return cls(rotations, shifts, correlation, count, gain)
+        shift2 = None if parts[0].shift2 is None else xp.concatenate([p.shift2 for p in parts])
+        return cls(rotations, shifts, correlation, count, gain, shift2)
 
     def known_gain(self) -> Array:
         """`gain`, a copy: inf where it is not known, -inf where there is no candidate."""

@@ -10,11 +10,9 @@ sigma^2 |RA|^2 does not depend on t, so the log-posterior c0 - c1^2 / 2 - |t|^2 
    that are not far behind at the whole band, near the shifts found;
 3. the most massive of them are split in eight, at finer shifts where those are too coarse, a few times over.
 
-What comes out are (rotation, shift) points of the finest cells, the heaviest and some drawn from the others, each with
-a shift drawn from those of its cell, and the log of the volume each stands for: with these in place of the Voronoi
-shares, the log-sum-exp of `expectation` is the integral over all rotations and shifts. Were it the best shift of each
-cell that stood for all, averages would be of particles moved to where they fit best, noise and all, and zeta and sigma
-those of what is left.
+What comes out are (rotation, shift) points of the finest cells, the heaviest and some drawn from the others, with the
+log of the volume each stands for: with these in place of the Voronoi shares, the log-sum-exp of `expectation` is the
+integral over all rotations and shifts.
 """
 
 from __future__ import annotations
@@ -82,8 +80,6 @@ ROUNDS = 3  # at least, of splitting
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
 LOCAL_REACH = 3  # points of a finer lattice to either side of the best shift
 TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
-GOLDEN = 0.6180339887498949  # multiples of it, less their whole part, are spread evenly over 0 to 1
-BELOW_ONE = 1 - 1e-12
 MASS = 0.99  # of the posterior, held by the candidates
 OUTSIDE = 1e-6  # what a pose beyond the widened asymmetric unit counts for: its copy inside has the mass
 
@@ -470,9 +466,9 @@ class _Cells:
 
     level, pixel, turn: which; factor: log of how many cells like it each stands for; mass: log of the integral of
     exp(log-posterior) over these and the shifts.
-    mode (B, n, 3), highest (B, n): the best shift of each and the log-posterior there; shift (B, n, k, 3), value
-    (B, n, k): shifts drawn by their part in the mass, which stand for all; spacing (B, n): of the lattice they are
-    from; spread (B, n): effective number of its points; power (B, n): c1^2.
+    shift (B, n, k, 3), value (B, n, k): the best shifts of each and the log-posterior there; spacing (B, n): of the
+    lattice they are from; spread (B, n): effective number of its points; power (B, n): c1^2; shift2 (B, n): mean of
+    |t|^2 over all shifts.
     """
 
     level: Array
@@ -480,13 +476,12 @@ class _Cells:
     turn: Array
     factor: Array
     mass: Array
-    mode: Array
-    highest: Array
     shift: Array
     value: Array
     spacing: Array
     spread: Array
     power: Array
+    shift2: Array
 
     def joined(self, other: _Cells) -> _Cells:
         xp = namespace(self.mass)
@@ -504,7 +499,7 @@ class _Scorer:
     radius: float  # of the shifts
     zeta: float
     fine: float  # spacing of the lattice that covers all shifts
-    n_shifts: int  # drawn of each rotation
+    n_shifts: int  # best shifts kept of each rotation
     group: Array  # (g, 3, 3): of the reference
     slack: float  # degrees outside the asymmetric unit up to which there are cells
 
@@ -535,22 +530,22 @@ class _Scorer:
         matrix = np.exp(2j * np.pi / support.box * line[:, None] * np.arange(-support.r_max, support.r_max + 1))
         return ShiftWindow(support, 0, to_device(matrix.astype(np.complex64), device_of(support.coords)), None)
 
-    def score(
-        self, particle: Array, rotations: Array, fraction: Array, centre: Array, spacing: float, reach: int
-    ) -> tuple[Array, ...]:
-        """Of a list of n rotations all that `_Cells` has of each from its mass on, but the spacing.
+    def score(self, particle: Array, rotations: Array, centre: Array, spacing: float, reach: int) -> tuple[Array, ...]:
+        """For a list of n rotations the log of the integral over the shifts, and the rest of `_Cells` but the spacing.
 
-        particle (n,); rotations (n, 3, 3); fraction (n,), at least 0 and less than 1: which shifts are drawn; centre
-        (n, 3) of the lattice of (2 reach + 1)^3 points.
+        particle (n,), rotations (n, 3, 3), centre (n, 3) of the lattice of (2 reach + 1)^3 points.
         """
         xp = namespace(particle)
         o, window = self.observation, self._window(spacing, reach)
         n, t = len(particle), 2 * reach + 1
         line = spacing * xp.arange(-reach, reach + 1)
-        mass, highest, spread, power = (xp.empty(n) for _ in range(4))
-        mode, shift, value = xp.empty((n, 3)), xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
+        mass, spread, power, shift2 = (xp.empty(n) for _ in range(4))
+        # x, y, z and |.|^2 of the lattice's points, from its centre
+        places = xp.stack([x.reshape(-1) for x in xp.meshgrid(line, line, line, indexing="ij")], axis=1)
+        of_places = xp.concatenate([places, (places**2).sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
+        shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
         crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
-        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 3 * t**3)))
+        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 2 * t**3)))
         still = not bool((centre != 0).any())
         about_origin = self._prior(centre[:1], line) if still else None
 
@@ -570,30 +565,27 @@ class _Scorer:
             log_p = window.correlate(crops)
             log_p += self._prior(centre[part], line) if about_origin is None else about_origin
             log_p = log_p.reshape(-1, t**3)
-            row = xp.arange(len(log_p))
-
-            def shift_at(place: Array) -> Array:
-                return line[xp.stack([place // (t * t), place // t % t, place % t], axis=1)] + centre[part]
-
-            best = log_p.argmax(axis=1)
-            mode[part], highest[part] = shift_at(best), log_p[row, best]
-            log_p -= highest[part, None].astype(np.float32)
-            e = xp.exp(log_p, out=log_p)
-            planes = e.reshape(-1, t, t * t)
-            of_plane = planes.sum(axis=2, dtype=np.float64)
-            total = of_plane.sum(axis=1)
+            row, left = xp.arange(len(log_p)), log_p if self.n_shifts == 1 else log_p.copy()
             for k in range(self.n_shifts):
-                plane, into = _passed(of_plane, (fraction[part] + k) / self.n_shifts)
-                place = plane * t * t + _passed(planes[row, plane], into)[0]
-                shift[part, k], value[part, k] = shift_at(place), highest[part] + xp.log(e[row, place])
-            mass[part] = highest[part] + xp.log(total) + (3 * np.log(spacing) if self.radius else 0)
+                best = left.argmax(axis=1)
+                index = xp.stack([best // (t * t), best // t % t, best % t], axis=1)
+                shift[part, k] = line[index] + centre[part]
+                value[part, k] = left[row, best]
+                if k + 1 < self.n_shifts:
+                    left[row, best] = -np.inf
+            log_p -= value[part, :1].astype(np.float32)
+            e = xp.exp(log_p, out=log_p)
+            total = e.sum(axis=1, dtype=np.float64)
+            mass[part] = value[part, 0] + xp.log(total) + (3 * np.log(spacing) if self.radius else 0)
             spread[part] = total**2 / xp.einsum("nt,nt->n", e, e)
+            means = (e @ of_places) / total[:, None]
+            shift2[part] = (centre[part] ** 2).sum(axis=1) + 2 * (centre[part] * means[:, :3]).sum(axis=1) + means[:, 3]
 
         map_threads(some, range(0, n, at_once), particle)
         worth = -0.5 * power
         if o.unseen is not None:
             worth += interpolate(o.unseen.table, o.unseen.index[particle], rotations)
-        return mass + worth, mode, highest + worth, shift, value + worth[:, None], spread, power
+        return mass + worth, shift, value + worth[:, None], spread, power, shift2
 
     def _prior(self, centre: Array, line: Array) -> Array:
         """-|t|^2 / (2 zeta^2) at the shifts c + line, (n, T, T, T) float32; -inf beyond the radius."""
@@ -637,7 +629,7 @@ def integrate(
     n_candidates : int
         At most so many per particle; as many as hold 99 % of the mass, if that is fewer.
     n_shifts : int
-        So many shifts are drawn for each rotation.
+        At most so many of them with the same rotation.
     rounds : int, optional
         How often cells are split at most (default: until they are as narrow as the band can tell).
     symmetry : str
@@ -650,8 +642,9 @@ def integrate(
     candidates : Candidates
         Most massive first.
     log_volumes : (B, n) float64
-        Log of what each stands for, in units of SO(3) times cubic voxels. The mass of what was left out (of shifts to
-        those drawn of the same rotation, of rotations to all) is in them: sum v exp(log-posterior) is the integral.
+        Log of what each stands for, in units of SO(3) times cubic voxels. The mass of what was left out (of the
+        shifts to the best of the same rotation, of rotations to all) is in them: sum v exp(log-posterior) is the
+        integral.
     """
     xp = namespace(observation.spectra)
     radius, support = min(max_shift, REACH * zeta), observation.support
@@ -663,7 +656,7 @@ def integrate(
         marginals = log_marginal(observation, references, precision, shifts, zeta)
     first = [_search(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
     best = xp.stack([cells.mass.max(axis=1) for cells in first])  # (K, B)
-    gain = xp.stack([cells.highest.max(axis=1) for cells in first]).max(axis=0)
+    gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells in first]).max(axis=0)
     hopeful = best > best.max(axis=0) - _tolerance(gain)
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
@@ -716,7 +709,7 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         )
         kin = *cell_children(level, pixel, turn), xp.broadcast_to(factor[..., None], (*factor.shape, 8))
         kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
-        centre = xp.take_along_axis(cells.mode, parents[..., None], axis=1)
+        centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
         centre = xp.where(spacing[..., None] < scorer.fine, centre, 0)
         centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
         kin = tuple(x.reshape(b, -1) for x in kin)
@@ -779,7 +772,7 @@ def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
     n = min(SPLIT, cells.mass.shape[1])
     parents = xp.argsort(-cells.mass, axis=1)[:, :n]
     mass = xp.take_along_axis(cells.mass, parents, axis=1)
-    gain = xp.take_along_axis(cells.highest, parents, axis=1)[:, :1]
+    gain = xp.take_along_axis(cells.value[:, :, 0], parents, axis=1)[:, :1]
     worth = mass > mass[:, :1] - _tolerance_of_round(gain, i)
     share = cells.mass - _logsumexp(cells.mass)[:, None]
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
@@ -791,7 +784,7 @@ def _screen(
     """Cells (B, n) scored by the inner shells, `coarse`, and which of them are not far behind the best by that."""
     xp = namespace(worth)
     cells = _score_cells(coarse, which, worth, centre, xp.full(worth.shape, coarse.fine), reach)
-    best, gain = cells.mass.max(axis=1, keepdims=True), cells.highest.max(axis=1, keepdims=True)
+    best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
     return cells, worth & (cells.mass > best - (10 + 0.05 * xp.maximum(gain, 0)))
 
 
@@ -805,7 +798,7 @@ def _near(coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array) -> tupl
     near = min(scorer.reach, int(np.ceil(SCREEN_STEPS * coarse.fine / scorer.fine)))
     reach = xp.broadcast_to(xp.where(narrow, near, scorer.reach), worth.shape)
     # On the points of the lattice that covers all shifts: the sum is that over these, less what is 0.
-    centre = scorer.fine * xp.rint(cells.mode / scorer.fine)
+    centre = scorer.fine * xp.rint(cells.shift[:, :, 0] / scorer.fine)
     return xp.where((reach < scorer.reach)[..., None], centre, 0), reach
 
 
@@ -817,29 +810,23 @@ def _score_cells(
     level, pixel, turn = cell
     xp = namespace(pixel)
     b, n = pixel.shape
+    mass, spread, power, shift2 = xp.full(b * n, -np.inf), xp.ones(b * n), xp.ones(b * n), xp.zeros(b * n)
     k = scorer.n_shifts
-    mass, highest = xp.full(b * n, -np.inf), xp.full(b * n, -np.inf)
-    mode, shift, value = xp.zeros((b * n, 3)), xp.zeros((b * n, k, 3)), xp.full((b * n, k), -np.inf)
-    spread, power = xp.ones(b * n), xp.ones(b * n)
-    # Cells beside each other draw far from each other, the same in every iteration.
-    fraction = (GOLDEN * (pixel * (6 * 2**level) + turn) % 1).reshape(-1)
+    shift, value = xp.zeros((b * n, k, 3)), xp.full((b * n, k), -np.inf)
     # One list over all particles: few cells of many particles cost no more. Lattices of one spacing go together.
     host_worth, host_spacing, host_reach = to_host(worth), to_host(spacing), to_host(reach)
     for width, steps in sorted({*zip(host_spacing[host_worth].tolist(), host_reach[host_worth].tolist(), strict=True)}):
         particle, place = np.nonzero(host_worth & (host_spacing == width) & (host_reach == steps))
         entry = xp.asarray(particle * n + place)
         rotations = cell_rotations(*(x.reshape(-1)[entry] for x in cell))
-        found = scorer.score(
-            xp.asarray(np.ascontiguousarray(particle)), rotations, fraction[entry], centre.reshape(-1, 3)[entry],
-            width, steps,
-        )  # fmt: skip
-        for all_cells_have, of_these in zip((mass, mode, highest, shift, value, spread, power), found, strict=True):
-            all_cells_have[entry] = of_these
+        where = centre.reshape(-1, 3)[entry]
+        found = scorer.score(xp.asarray(np.ascontiguousarray(particle)), rotations, where, width, steps)
+        mass[entry], shift[entry], value[entry], spread[entry], power[entry], shift2[entry] = found
         mass[entry] += _log_share(rotations, scorer.group, scorer.slack)
     mass += factor.reshape(-1) - np.log(72.0) - level.reshape(-1) * np.log(8.0)
     return _Cells(
-        level, pixel, turn, factor, mass.reshape(b, n), mode.reshape(b, n, 3), highest.reshape(b, n),
-        shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing, spread.reshape(b, n), power.reshape(b, n),
+        level, pixel, turn, factor, mass.reshape(b, n), shift.reshape(b, n, k, 3), value.reshape(b, n, k), spacing,
+        spread.reshape(b, n), power.reshape(b, n), shift2.reshape(b, n),
     )  # fmt: skip
 
 
@@ -849,22 +836,24 @@ def _candidates(
     """Points that stand for all, the most massive first, and the log-volumes that give them all the mass."""
     xp = namespace(cells.mass)
     b, k = len(cells.mass), scorer.n_shifts
-    # Each of the shifts drawn stands for as much of the mass of its cell.
-    mass = xp.repeat(cells.mass - np.log(k), k, axis=1)
-    chosen, factor = thinned(mass, n_candidates, (n_candidates + 1) // 2)
+    # All the mass of a cell, all shifts that were looked at included, is that of its best shifts.
+    alive = xp.isfinite(cells.mass)
+    of_cell = xp.where(alive, _logsumexp(xp.where(alive[..., None], cells.value, 0)), 0)
+    volume = xp.where(alive, cells.mass - of_cell, -np.inf)
+    value = xp.where(alive[..., None], cells.value, -np.inf).reshape(b, -1)
+    chosen, factor = thinned(value + xp.repeat(volume, k, axis=1), n_candidates, (n_candidates + 1) // 2)
     rows = xp.arange(b)[:, None]
-    mass = mass[rows, chosen] + factor
+    mass = value[rows, chosen] + volume[rows, chosen // k] + factor
     order = xp.argsort(-mass, axis=1)
-    chosen, mass = chosen[rows, order], mass[rows, order]
-    cell, shifts = chosen // k, cells.shift.reshape(b, -1, 3)[rows, chosen]
+    chosen, factor, mass = chosen[rows, order], factor[rows, order], mass[rows, order]
+    cell, shifts, value = chosen // k, cells.shift.reshape(b, -1, 3)[rows, chosen], value[rows, chosen]
     total = _logsumexp(cells.mass)
     share = xp.exp(mass - total[:, None])
     kept = (xp.cumsum(share, axis=1) - share < MASS) & xp.isfinite(mass)
     count = kept.sum(axis=1)
-    value = xp.where(kept, cells.value.reshape(b, -1)[rows, chosen], 0)
     # What is left out adds to all; of the asymmetric unit's copies each has its part.
     missing = total - _logsumexp(xp.where(kept, mass, -np.inf)) + np.log(len(scorer.group))
-    log_volumes = xp.where(kept, mass - value + missing[:, None], -np.inf)
+    log_volumes = xp.where(kept, volume[rows, cell] + factor + missing[:, None], -np.inf)
     rotations = cell_rotations(*(xp.take_along_axis(x, cell, axis=1) for x in (cells.level, cells.pixel, cells.turn)))
     gain = value + (shifts**2).sum(axis=-1) / (2 * scorer.zeta**2)
     gain -= observation.expected_gain(rotations)
@@ -881,22 +870,9 @@ def _candidates(
 
     candidates = Candidates(
         padded(rotations, 0.0), padded(shifts, 0.0), padded(correlation, 0.0), count, padded(gain, -np.inf),
+        padded(xp.take_along_axis(cells.shift2, cell, axis=1), 0.0),
     )  # fmt: skip
     return candidates, padded(log_volumes, -np.inf)
-
-
-def _passed(parts: Array, fraction: Array) -> tuple[Array, Array]:
-    """Where the running sum of each row of (n, m) passes a fraction (n,) of the whole, and by which fraction of that.
-
-    It is at a part that is not 0.
-    """
-    xp = namespace(parts)
-    row = xp.arange(len(parts))
-    up_to = xp.cumsum(parts, axis=1, dtype=np.float64)
-    passed = fraction * up_to[:, -1]
-    place = (up_to <= passed[:, None]).sum(axis=1)
-    own = parts[row, place]
-    return place, xp.clip((passed - up_to[row, place]) / own + 1, 0, BELOW_ONE)
 
 
 def _logsumexp(x: Array) -> Array:

@@ -34,6 +34,7 @@ def random_posterior(toy, rng):
         toy.shifts[k, i, p],
         probability,
         np.zeros((len(entries), toy.r_max + 1)),
+        np.zeros(len(entries)),
         np.zeros(len(toy.particles)),
         np.zeros((len(toy.particles), 2)),
         len(entries),

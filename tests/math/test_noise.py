@@ -204,7 +204,7 @@ def test_average_of_two_groups_is_weighted_by_their_inverse_variances(scene: dic
     n = len(rows)
     posterior = BatchPosterior(
         np.arange(n), np.zeros(n, np.int64), np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3)), np.ones(n),
-        np.zeros((n, toy.r_max + 1)), np.zeros(n), np.ones((n, 1)), n, np.zeros(n),
+        np.zeros((n, toy.r_max + 1)), np.zeros(n), np.zeros(n), np.ones((n, 1)), n, np.zeros(n),
     )  # fmt: skip
     sums, weights = maximization.rotate_back(
         scene["spectra"], batch.weights, batch.weight_index, None, posterior, support, 1, 1, compensate=False

@@ -146,6 +146,7 @@ class Small:
             shifts=rng.uniform(-1, 1, (n, 3)),
             probability=np.array([0.4, 0.6, 1.0, 0.2, 0.3, 0.5]),
             residual=rng.random((n, r_max + 1)),
+            shift2=np.zeros(n),
             log_likelihood=np.zeros(3),
             class_probability=np.full((3, 2), 0.5),
             candidates=12,
