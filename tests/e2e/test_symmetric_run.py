@@ -58,8 +58,8 @@ def test_the_symmetry_of_the_structure_brings_the_average_nearer_to_it(
     alone = averaged(simulation, known, sampler=sampler)
     for name in groups:
         result = averaged(simulation, known, sampler=sampler, symmetry=name)
-        # The axes of a start from nothing lie anywhere: they were found. Where such a run ends depends on which cells of
-        # rotations are looked at: C7 had .970 .964 .972 (data sets 3 to 5), and has .955 .985 .973 with fewer of them.
+        # The axes of a start from nothing lie anywhere: they were found. Where such a run ends depends on the cells of
+        # rotations that are looked at: C7 had .970 .964 .972 (data sets 3 to 5), and has .955 .985 .973 with fewer.
         assert agreement(result, simulation) > max(0.96 if known else 0.94, agreement(alone, simulation) + 0.01)
         volume = result.maps[0]
         for element in point_group(name)[1:4]:
