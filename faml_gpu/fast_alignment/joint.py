@@ -261,8 +261,14 @@ def shift_grid(radius: float, spacing: float) -> NDArray[np.float64]:
     """Shifts (T, 3) on a cubic lattice about 0 within `radius`, voxels."""
     reach = int(np.floor(radius / spacing))
     line = spacing * np.arange(-reach, reach + 1)
-    points = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1).reshape(-1, 3)
+    points = _cube(line)
     return np.asarray(points[(points**2).sum(axis=1) <= radius**2])
+
+
+def _cube(line: Array) -> Array:
+    """The points (T^3, 3) of a lattice whose coordinates along each axis are those of `line` (T,), x slowest."""
+    xp = namespace(line)
+    return xp.stack(xp.meshgrid(line, line, line, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
 def log_marginal(
@@ -540,8 +546,7 @@ class _Scorer:
         n, t = len(particle), 2 * reach + 1
         line = spacing * xp.arange(-reach, reach + 1)
         mass, spread, power, shift2 = (xp.empty(n) for _ in range(4))
-        # x, y, z and |.|^2 of the lattice's points, from its centre
-        places = xp.stack([x.reshape(-1) for x in xp.meshgrid(line, line, line, indexing="ij")], axis=1)
+        places = _cube(line)  # from the centre
         of_places = xp.concatenate([places, (places**2).sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
         crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
