@@ -142,7 +142,7 @@ def case(snr: float, wedge: float, n: int, seed: int) -> list[dict[str, Any]]:
     sigma2 = np.full(plan.n_shells, np.mean([t.var() for t in sim.truth]) / snr * BOX**3)
     state = State(options.iterations, sim.truth.astype(np.float32), np.array([0.5, 0.5]), sigma2, 1.0)
     band, plain_band = (Band(p, state, p.r_final, p.r_final) for p in (plan, plain))
-    batch = plan.to_device(particles.read(np.arange(2 * n)))
+    batch = particles.read(np.arange(2 * n))
     spectra = plan.spectra(batch)
     observation, plain_observation = (b.observe(batch, spectra) for b in (band, plain_band))
     references = band.references()

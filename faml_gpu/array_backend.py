@@ -25,6 +25,7 @@ from faml_gpu.profile import timed
 
 __all__ = [
     "Array",
+    "Sender",
     "cpu_count",
     "cpu_threads",
     "device_of",
@@ -35,8 +36,6 @@ __all__ = [
     "on_host",
     "out_of_memory",
     "release_memory",
-    "sent",
-    "staged",
     "step",
     "synchronize",
     "to_device",
@@ -53,7 +52,8 @@ Done = TypeVar("Done")
 
 # CuPy's pool raises a MemoryError; CUDA's runtime and driver, cuFFT and cuBLAS say it in their own ways.
 _NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
-FFT_PLANS = 16  # kept by CuPy for later calls; each may hold as much memory as the arrays it works on
+FFT_PLANS = 16  # kept by CuPy for later calls; each may hold as much memory as the arrays it works on,
+PLANS_SHARE = 8  # all together at most this part of the free memory
 
 
 def on_host(array: Array) -> bool:
@@ -99,31 +99,47 @@ def to_device(array: Array, device: str) -> Array:
     return cupy.asarray(array)
 
 
-def staged(array: Array, device: str) -> Array:
-    """A copy on the host in page-locked memory, which a GPU reads from by itself; for the CPU the array as it is.
+class Sender:
+    """Sends arrays to a device from another thread, on a stream of its own: the device goes on computing meanwhile."""
 
-    From any thread: CuPy's current device is that of each.
-    """
-    if device == "cpu":
-        return array
-    import cupy
-    import cupyx
+    def __init__(self, device: str) -> None:
+        self._device, self._stream = device, None
+        if device != "cpu":
+            import cupy
 
-    with cupy.cuda.Device(_number_of(device)):
-        locked = cupyx.empty_pinned(array.shape, array.dtype)
-    locked[...] = array
-    return locked
+            with cupy.cuda.Device(_number_of(device)):
+                self._stream = cupy.cuda.Stream(non_blocking=True)
 
+    def mark(self) -> Any:
+        """What the device has been given until now, in the thread that gives it; for `send` to wait for."""
+        if self._stream is None:
+            return None
+        import cupy
 
-def sent(array: Array, device: str) -> Array:
-    """As `to_device`, without waiting for what is `staged` to arrive: what the device does next with it waits."""
-    if device == "cpu":
-        return to_host(array)
-    import cupy
+        return cupy.cuda.get_current_stream().record()
 
-    there = cupy.empty(array.shape, array.dtype)
-    there.set(np.ascontiguousarray(array), stream=cupy.cuda.get_current_stream())
-    return there
+    def send(self, arrays: Sequence[Array], after: Any) -> list[Array]:
+        """The arrays on the device, there once this returns; for the CPU those given.
+
+        CuPy's pool keeps what was allocated on a stream for that stream. So memory of arrays sent earlier is written
+        again, and may be only when the device is through with what read it: with all up to `after`, a `mark`.
+        """
+        if self._stream is None:
+            return list(arrays)
+        import cupy
+        import cupyx
+
+        with cupy.cuda.Device(_number_of(self._device)), self._stream:
+            self._stream.wait_event(after)
+            there, locked = [], []
+            for array in arrays:
+                # A GPU fetches from page-locked memory by itself; from other memory the driver copies for it.
+                locked.append(cupyx.empty_pinned(array.shape, array.dtype))
+                locked[-1][...] = array
+                there.append(cupy.empty(array.shape, array.dtype))
+                there[-1].set(locked[-1], stream=self._stream)
+            self._stream.synchronize()
+        return there
 
 
 def _number_of(device: str) -> int:
@@ -145,7 +161,9 @@ def use_device(device: str) -> Iterator[None]:
     import cupy
 
     with cupy.cuda.Device(_number_of(device)):
-        cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
+        plans = cupy.fft.config.get_plan_cache()
+        plans.set_size(FFT_PLANS)
+        plans.set_memsize(free_memory(device) // PLANS_SHARE)
         try:
             yield
         except Exception as error:

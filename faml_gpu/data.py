@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Float32 = NDArray[np.float32]
+Boxes = NDArray[np.float32] | NDArray[np.float16]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
@@ -33,7 +34,7 @@ class Batch:
 
     Attributes
     ----------
-    boxes : (B, N, N, N) float32, `[z, y, x]`, as read (not yet normalised)
+    boxes : (B, N, N, N) float32, or float16 where they are stored so, `[z, y, x]`, as read (not yet normalised)
     weights : (W, N, N, N//2 + 1) float32, 0 or more; in [0, 1] where the boxes are not premultiplied
         rfftn layout (not shifted), axes `[kz, ky, kx]`; one per distinct weight of the batch.
     weight_index : (B,) int64
@@ -49,7 +50,7 @@ class Batch:
         Where they are relative to its scale too: the scale.
     """
 
-    boxes: Float32
+    boxes: Boxes
     weights: Float32
     weight_index: Int64
     weight_ids: tuple[str, ...]

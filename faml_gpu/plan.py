@@ -22,7 +22,6 @@ from faml_gpu.array_backend import (
     on_host,
     out_of_memory,
     release_memory,
-    sent,
     step,
     synchronize,
     to_device,
@@ -244,8 +243,7 @@ class Plan:
                 left = members[first + size :]
                 with clock("read"):
                     following = left[: self.batch.size] if len(left) else then[: self.batch.size]
-                    on_its_way = particles.read(numbers, following)  # kept: it may not have arrived yet
-                    batch = self.to_device(on_its_way)
+                    batch = particles.read(numbers, following)
                     spectra = self.spectra(batch)
                 return work(batch, spectra, numbers)
             except Exception as error:
@@ -267,12 +265,6 @@ class Plan:
             if progress is not None:
                 progress(name, before + first, len(particles))
 
-    def to_device(self, batch: Batch) -> Batch:
-        """The batch with its arrays on the device: the one transfer to it."""
-        boxes, weights, index = (sent(a, self.device) for a in (batch.boxes, batch.weights, batch.weight_index))
-        multiplied = None if batch.multiplied is None else sent(batch.multiplied, self.device)
-        return replace(batch, boxes=boxes, weights=weights, weight_index=index, multiplied=multiplied)
-
     def spectra(self, batch: Batch) -> Array:
         """Transforms (B, N, N, N//2 + 1) complex64 of the boxes, normalised and with bright protein.
 
@@ -282,7 +274,8 @@ class Plan:
         and then has the variance 1 for mean W sigma^2, so that it is sigma that all boxes share.
         """
         xp = namespace(batch.boxes)
-        boxes = -batch.boxes if self.options.invert else batch.boxes
+        boxes = batch.boxes.astype(np.float32, copy=False)
+        boxes = -boxes if self.options.invert else boxes
         level = masks.normalise if self.options.normalize else masks.without_offset
         boxes = level(boxes, xp.asarray(self.mask))
         spectra = fourier.transform(boxes)

@@ -1,4 +1,4 @@
-"""MRC volumes (MRC2014): read as float32 `[z, y, x]`, written atomically.
+"""MRC volumes (MRC2014): read as float32 `[z, y, x]` (or float16 as they are), written atomically.
 
 Headers are read with `mrcfile`'s record layout but without its readers: those report defects as Python warnings, whose
 filters are global and not safe in threads, and boxes are read in threads.
@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from faml_gpu.errors import InputError
 from faml_gpu.io.atomic import atomic_path
 
-__all__ = ["VolumeHeader", "head_of", "read_header", "read_mrc", "read_stack", "read_volume", "write_mrc"]
+__all__ = [
+    "VolumeHeader",
+    "head_of",
+    "read_float16",
+    "read_header",
+    "read_mrc",
+    "read_stack",
+    "read_volume",
+    "write_mrc",
+]
 
 Float32 = NDArray[np.float32]
 
@@ -52,6 +61,11 @@ class VolumeHeader:
     stored_shape: tuple[int, int, int]
     offset: int
     order: tuple[int, int, int]
+
+    @property
+    def float16(self) -> bool:
+        """Whether the voxels are (mode 12)."""
+        return self.dtype.kind == "f" and self.dtype.itemsize == 2
 
     @property
     def voxel_size(self) -> float | None:
@@ -168,6 +182,16 @@ def read_volume(header: VolumeHeader) -> Float32:
     InputError
         The file changed or vanished since its header was read.
     """
+    with np.errstate(over="ignore"):  # too large for float32: infinite, and refused as such
+        return np.ascontiguousarray(_stored(header), dtype=np.float32)
+
+
+def read_float16(header: VolumeHeader) -> NDArray[np.float16]:
+    """As `read_volume`, of what is stored as float16 (`VolumeHeader.float16`)."""
+    return np.ascontiguousarray(_stored(header), dtype=np.float16)
+
+
+def _stored(header: VolumeHeader) -> NDArray[Any]:
     count = math.prod(header.stored_shape)
     try:
         data = np.fromfile(header.path, header.dtype, count, offset=header.offset)
@@ -175,9 +199,7 @@ def read_volume(header: VolumeHeader) -> Float32:
         raise InputError(f"{header.path}: cannot be read ({error.strerror})") from None
     if data.size != count:
         raise InputError(f"{header.path}: truncated, {data.size} voxels, expected {count}")
-    volume = data.reshape(header.stored_shape).transpose(header.order)
-    with np.errstate(over="ignore"):  # too large for float32: infinite, and refused as such
-        return np.ascontiguousarray(volume, dtype=np.float32)
+    return data.reshape(header.stored_shape).transpose(header.order)
 
 
 def read_mrc(path: str | os.PathLike[str]) -> tuple[Float32, float | None]:
@@ -197,7 +219,7 @@ def read_mrc(path: str | os.PathLike[str]) -> tuple[Float32, float | None]:
     return read_volume(header), header.voxel_size
 
 
-def write_mrc(path: str | os.PathLike[str], volume: NDArray[Any], voxel_size: float) -> None:
+def write_mrc(path: str | os.PathLike[str], volume: NDArray[Any], voxel_size: float, *, float16: bool = False) -> None:
     """Write a volume: mode 2, ispg 1, voxel size in the header; atomic.
 
     Parameters
@@ -205,15 +227,17 @@ def write_mrc(path: str | os.PathLike[str], volume: NDArray[Any], voxel_size: fl
     path : file; replaced only once the new one is complete
     volume : (z, y, x) array of finite values
     voxel_size : Angstrom
+    float16 : mode 12 instead, half the size; numbers have 11 bits then, and none is beyond 65504
 
     Raises
     ------
     ValueError
-        Not three axes, or NaN or Inf in the volume.
+        Not three axes, or NaN or Inf in the volume, as stored.
     OSError
         It cannot be written (disk full ...); a file that was there is unchanged.
     """
-    data = np.ascontiguousarray(volume, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        data = np.ascontiguousarray(volume, dtype=np.float16 if float16 else np.float32)
     if data.ndim != 3 or not np.isfinite(data).all():
         raise ValueError(f"{path}: expected a 3-D volume of finite values, got shape {data.shape}")
     with atomic_path(path) as temporary, mrcfile.new(temporary, data) as mrc:

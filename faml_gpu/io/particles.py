@@ -25,7 +25,7 @@ from faml_gpu.errors import InputError
 from faml_gpu.geometry import relion_to_matrix
 from faml_gpu.io.dynamo import DynamoTable, read_dynamo_table
 from faml_gpu.io.em import read_em_header
-from faml_gpu.io.mrc import VolumeHeader, read_header, read_volume
+from faml_gpu.io.mrc import VolumeHeader, read_float16, read_header, read_volume
 from faml_gpu.io.positions import box_frames
 from faml_gpu.io.stacks import STACKS, stack_headers
 from faml_gpu.io.star import FreshTable, ParticleTable, StarTable, read_particles_star
@@ -42,6 +42,7 @@ from faml_gpu.weights import (
 
 __all__ = ["ArrayParticles", "FileParticles", "open_particles", "star_poses"]
 
+Boxes = NDArray[np.float32] | NDArray[np.float16]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -119,6 +120,8 @@ class FileParticles:
     def read(self, indices: Int64) -> Batch:
         """Read boxes from the disk, with the distinct weights they need.
 
+        Those stored as float16 stay so, and go to a GPU as half the bytes.
+
         Parameters
         ----------
         indices : (B,) particles, from 0
@@ -128,8 +131,10 @@ class FileParticles:
         InputError
             A file changed or vanished since it was checked.
         """
-        boxes = np.empty((len(indices), self.box, self.box, self.box), dtype=np.float32)
-        for row, volume in enumerate(_in_threads(read_volume, [self._headers[i] for i in indices])):
+        headers = [self._headers[i] for i in indices]
+        half = all(header.float16 for header in headers)
+        boxes = np.empty((len(indices), self.box, self.box, self.box), np.float16 if half else np.float32)
+        for row, volume in enumerate(_in_threads(read_float16 if half else read_volume, headers)):
             boxes[row] = volume
         return _batch(boxes, self.weight_index[indices], self.weight_ids, self._weight, self._means)
 
@@ -394,7 +399,7 @@ def _all_seen(box: int) -> Float32:
 
 
 def _batch(
-    boxes: Float32, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32], means: Float64 | None
+    boxes: Boxes, index: Int64, ids: Sequence[str], weight: Callable[[int], Float32], means: Float64 | None
 ) -> Batch:
     """`means`, of premultiplied boxes: what is common to their weights, see `weights.amplitudes`."""
     distinct, inverse = np.unique(index, return_inverse=True)
@@ -715,7 +720,7 @@ def _wedge_warnings(particles: FileParticles, names: Sequence[str], progress: Pr
     def compare(which: int) -> str | None:
         members = np.flatnonzero(particles.weight_index == which)
         batch = particles.read(members[np.unique(np.linspace(0, len(members) - 1, each).astype(np.int64))])
-        spectrum: NDArray[Any] = scipy.fft.rfftn(tapered(batch.boxes), axes=(1, 2, 3))
+        spectrum: NDArray[Any] = scipy.fft.rfftn(tapered(batch.boxes.astype(np.float32)), axes=(1, 2, 3))
         text = wedge_warning(wedge_consistency(spectrum.real**2 + spectrum.imag**2, batch.weights[0]))
         count = f"{len(spectrum)} boxes" if len(spectrum) > 1 else "1 box"
         return f"{names[which]} ({count}): {text}" if text else None

@@ -84,6 +84,7 @@ class SimulationOptions:
     defocus, voltage, cs, amplitude_contrast : micrometre (underfocus positive), kV, mm, share
     wiener : noise-to-signal ratio that the CTF correction assumes
     assembly : of PDB and mmCIF files, see `load_structure`
+    float16 : whether boxes are stored so, in half the space
     seed : of all randomness
     """
 
@@ -105,6 +106,7 @@ class SimulationOptions:
     amplitude_contrast: float = 0.07
     wiener: float = 0.1
     assembly: str | None = None
+    float16: bool = False
     seed: int = 0
 
     @property
@@ -431,7 +433,7 @@ def _simulate(
                     made += random
                 made = to_host(made)
             for i, box in zip(batch, made, strict=True):
-                write_mrc(folder / names[i], box, options.voxel_size)
+                write_mrc(folder / names[i], box, options.voxel_size, float16=options.float16)
             return measured
 
         batches = [batch for k in _up_to(counts) for batch in _batches(np.arange(first[k], first[k + 1]), size)]

@@ -14,12 +14,13 @@ from faml_gpu import array_backend, dry_run, faml, fourier, noise, plan, voronoi
 from faml_gpu.data import Groups, Result
 from faml_gpu.errors import InputError
 from faml_gpu.geometry import rotation_angle
-from faml_gpu.io.particles import ArrayParticles
+from faml_gpu.io.particles import ArrayParticles, open_particles
 from faml_gpu.options import Options
-from faml_gpu.simulate import groel, ribosome, simulate_particles
+from faml_gpu.simulate import SimulationOptions, groel, ribosome, simulate_data_set, simulate_particles
 from faml_gpu.stopping import Stopping
 
 BOX, VOXEL, BANDWIDTH = 20, 16.0, 10
+FAST = SimulationOptions(box=BOX, voxel_size=VOXEL, snr=1.0, max_shift=16.0, fast=True, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,24 @@ def test_a_forecast_on_a_gpu(particles: ArrayParticles, device: Any) -> None:
     assert 0 < found.first < found.total
     assert found.device is not None
     assert found.device > 0
+
+
+def test_float16_boxes_cross_as_such_and_average_to_the_same(
+    particles: ArrayParticles, emulated_gpu: Any, tmp_path: Path
+) -> None:
+    """Half the bytes of the boxes to the device; averages and likelihood as they were, to a few of 2^-11."""
+    found, crossed = {}, {}
+    for half in (False, False, True):  # the first makes tables that are kept
+        folder = tmp_path / str(half)
+        made = simulate_data_set(
+            ["groel", "ribosome"], [4, 3], folder, replace(FAST, float16=half), device="cpu", threads=1, overwrite=True
+        )
+        opened = open_particles(made.star)
+        crossed[half] = -emulated_gpu.to_device.bytes
+        found[half] = run(opened, "cuda", iterations=1, sampler="magnitude", folds=1)
+        crossed[half] += emulated_gpu.to_device.bytes
+    # Read three times: by the start, by the iteration and for the maps of all shells.
+    assert crossed[False] - crossed[True] == 3 * 2 * len(particles) * BOX**3
+    for half, full in zip(found[True].maps, found[False].maps, strict=True):
+        assert np.corrcoef(half.ravel(), full.ravel())[0, 1] > 1 - 1e-5
+    assert found[True].history[0].log_likelihood == pytest.approx(found[False].history[0].log_likelihood, rel=1e-5)

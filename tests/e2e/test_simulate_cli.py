@@ -43,7 +43,7 @@ def test_every_option_arrives(tmp_path: Path) -> None:
         *("--snr", "inf", "--max-shift", "10", "--about-axis", "y", "--assembly", "none", "--seed", "7"),
         *("--tilt-range", "-40", "50", "--tilt-step", "9", "--tilt-axis", "x", "--no-mtf", "--defocus", "2"),
         *("--voltage", "200", "--cs", "2", "--amplitude-contrast", "0.1", "--wiener", "0.2", "--device", "cpu"),
-        *("--threads", "1"),
+        *("--threads", "1", "--float16"),
     )
     assert json.loads((tmp_path / "simulation.json").read_text())["options"] == {
         "box": 22,
@@ -64,6 +64,7 @@ def test_every_option_arrives(tmp_path: Path) -> None:
         "amplitude_contrast": 0.1,
         "wiener": 0.2,
         "assembly": "none",
+        "float16": True,
         "seed": 7,
     }
 

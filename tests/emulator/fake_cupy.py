@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -281,7 +282,7 @@ class ndarray:  # noqa: N801
         if arr.dtype != self._a.dtype or arr.shape != self._a.shape:
             raise ValueError(f"{arr.dtype} {arr.shape} array cannot be set to {self._a.dtype} {self._a.shape} array")
         SESSION.to_device.add(arr.nbytes)
-        self._a[...] = arr
+        (stream or current_stream())._copy(arr, self._a)
 
     def _number(self) -> Any:
         """The one number in it (a transfer)."""
@@ -515,25 +516,77 @@ class Device:
         return SESSION.memory - SESSION.used, SESSION.memory
 
 
+class Event:
+    """What a stream had been given when it was recorded."""
+
+    def __init__(self, copies: list[Callable[[], None]]) -> None:
+        self.copies = copies
+
+    def synchronize(self) -> None:
+        for copy in self.copies:
+            copy()
+
+
 class Stream:
-    """The one stream: all is done when a call returns."""
+    """On the null stream all is done when a call returns; on others as late as it may be: when it is waited for."""
 
     null: Stream
+    _current = threading.local()
 
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
-        pass
+        self.copies: list[Callable[[], None]] | None = None if null else []
+        self.before: list[Stream] = []
+        self.waited: list[Event] = []
 
     def __enter__(self) -> Stream:
+        self.before.append(current_stream())
+        Stream._current.stream = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        Stream._current.stream = self.before.pop()
+
+    def record(self, event: Any = None) -> Event:
+        return Event([*(self.copies or [])])
+
+    def wait_event(self, event: Event) -> None:
+        if not isinstance(event, Event):
+            raise TypeError(f"expected an event, found {type(event)}")
+        self.waited.append(event)
+        event.synchronize()
 
     def synchronize(self) -> None:
-        pass
+        for copy in self.copies or []:
+            copy()
+        if self.copies:
+            self.copies.clear()
+
+    def _copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy from the host: what is freed before it is done is rubbish by then."""
+        if self.copies is None:
+            target[...] = source
+            return
+        alive, left = weakref.ref(source), [True]
+
+        def later() -> None:
+            found = alive()
+            if not left:
+                return
+            left.clear()
+            if found is None:
+                poison(target)
+            else:
+                target[...] = found
+
+        self.copies.append(later)
 
 
-Stream.null = Stream()
+def current_stream(device_id: int = -1) -> Stream:
+    """cupy.cuda.get_current_stream."""
+    return getattr(Stream._current, "stream", Stream.null)
+
+
+Stream.null = Stream(null=True)
 
 
 class MemoryPool:
@@ -731,9 +784,10 @@ def modules() -> dict[str, ModuleType]:
         "cupy.cuda",
         Device=Device,
         Stream=Stream,
+        Event=Event,
         MemoryPool=MemoryPool,
         PinnedMemoryPool=PinnedMemoryPool,
-        get_current_stream=lambda device_id=-1: Stream.null,
+        get_current_stream=current_stream,
         is_available=lambda: SESSION.devices > 0,
         **cuda_parts,
     )

@@ -377,6 +377,7 @@ def test_other_names_are_real(emulator):
         (fake_cupy.RawModule, real.RawModule),
         (fake_cupy.Device, real.cuda.Device),
         (fake_cupy.Stream, real.cuda.Stream),
+        (fake_cupy.Event, real.cuda.Event),
         (fake_cupy.MemoryPool, real.cuda.MemoryPool),
         (fake_cupy.PinnedMemoryPool, real.cuda.PinnedMemoryPool),
         (fake_cupy.PlanCache, importlib.import_module("cupy.fft._cache").PlanCache),
@@ -384,6 +385,24 @@ def test_other_names_are_real(emulator):
     for ours, theirs in pairs:
         offered = [key for key in vars(ours) if not key.startswith("_")]
         assert [key for key in offered if not hasattr(theirs, key)] == [], ours
+
+
+def test_what_a_side_stream_copies_is_there_once_it_is_waited_for(cp):
+    import cupyx
+
+    for wait in (cp.cuda.Stream.synchronize, lambda side: cp.cuda.get_current_stream().wait_event(side.record())):
+        side, locked = cp.cuda.Stream(non_blocking=True), cupyx.empty_pinned((3,))
+        locked[...] = HOST
+        with side:
+            there = cp.empty(3)
+            there.set(locked, stream=side)
+        assert np.isnan(there.get()).all()
+        wait(side)
+        assert (there.get() == HOST).all()
+    with side:
+        there.set(locked + 1)
+    side.synchronize()
+    assert np.isnan(there.get()).all()  # what was to be copied is gone
 
 
 def test_the_data_file_is_small():

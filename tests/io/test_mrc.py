@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from faml_gpu.errors import InputError
-from faml_gpu.io.mrc import read_header, read_mrc, write_mrc
+from faml_gpu.io.mrc import read_float16, read_header, read_mrc, read_volume, write_mrc
 
 
 @pytest.fixture
@@ -50,6 +50,27 @@ def test_the_same_volume_gives_the_same_file(tmp_path, volume):
     write_mrc(tmp_path / "b.mrc", volume, 1.5)
     assert (tmp_path / "a.mrc").read_bytes() == (tmp_path / "b.mrc").read_bytes()
     assert b"faml_gpu" in (tmp_path / "a.mrc").read_bytes()[:1024]
+
+
+def test_float16(tmp_path, volume):
+    path = tmp_path / "a.mrc"
+    write_mrc(path, volume + 0.3, 3.25, float16=True)
+    with mrcfile.open(path) as mrc:
+        assert mrc.header.mode == 12
+        # In words: `mrcfile.validate` takes the deviation of float16 voxels in float16, and finds it infinite.
+        assert float(mrc.header.rms) == pytest.approx(volume.std(), rel=1e-2)
+        assert float(mrc.header.dmean) == pytest.approx(volume.mean() + 0.3, rel=1e-2)
+        np.testing.assert_array_equal(mrc.data, (volume + 0.3).astype(np.float16))
+    header = read_header(path)
+    assert header.float16
+    assert read_float16(header).dtype == np.float16
+    np.testing.assert_array_equal(read_float16(header), (volume + 0.3).astype(np.float16))
+    assert read_volume(header).dtype == np.float32
+    assert not read_header(save(tmp_path / "b.mrc", volume)).float16
+    assert not read_header(save(tmp_path / "c.mrc", volume.astype(np.int16))).float16
+    with pytest.raises(ValueError, match="finite"):
+        write_mrc(path, volume + 65520, 3.25, float16=True)
+    np.testing.assert_array_equal(read_float16(header), (volume + 0.3).astype(np.float16))
 
 
 def test_failed_writing_leaves_the_old_file(tmp_path, volume, monkeypatch):

@@ -102,6 +102,20 @@ def test_star_particles(project, boxes):
     np.testing.assert_array_equal(last.weights, OTHER[None])
 
 
+def test_boxes_stored_as_float16_stay_so(project, boxes):
+    for i in (1, 2, 3):
+        save(project / f"sub/{i:04d}.mrc", boxes[i - 1].astype(np.float16))
+    particles = open_particles(project / "in.star")
+    assert particles.warnings == ()
+    halves = particles.read(np.array([2, 0]))
+    assert halves.boxes.dtype == np.float16
+    np.testing.assert_array_equal(halves.boxes, boxes[[2, 0]].astype(np.float16))
+    mixed = particles.read(np.array([2, 4]))
+    assert mixed.boxes.dtype == np.float32
+    np.testing.assert_array_equal(mixed.boxes[0], boxes[2].astype(np.float16))
+    np.testing.assert_array_equal(mixed.boxes[1], boxes[4])
+
+
 def test_premultiplied_boxes_come_with_what_they_were_multiplied_by(project, boxes):
     """CTF^2 with multiplicities: kept as it is, boxes as read; where it is too small to divide by, 0."""
     rng = np.random.default_rng(3)

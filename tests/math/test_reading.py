@@ -1,11 +1,13 @@
 """Reading ahead: the same batches, one of them before it is asked for, and errors in their place."""
 
 import threading
+import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from faml_gpu.array_backend import Sender
 from faml_gpu.data import Batch
 from faml_gpu.errors import InputError
 from faml_gpu.reading import Ahead
@@ -76,19 +78,53 @@ def test_what_goes_wrong_is_told_with_its_own_batch():
             ahead.read(PARTS[1], PARTS[2])
 
 
-def test_in_page_locked_memory_for_a_gpu(emulated_gpu, monkeypatch):
+def test_to_a_gpu_on_a_stream_beside(emulated_gpu, monkeypatch):
+    """From page-locked memory; there when it is asked for; written only where the device is through with what lay."""
+    import cupy
     import cupyx
 
-    made = []
-    empty = cupyx.empty_pinned
-
-    def counted(*arguments):
-        made.append(empty(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(cupyx, "empty_pinned", counted)
+    made, streams = [], []
+    empty, stream = cupyx.empty_pinned, cupy.cuda.Stream
+    monkeypatch.setattr(cupyx, "empty_pinned", lambda *a: made.append(a[0]) or empty(*a))
+    monkeypatch.setattr(cupy.cuda, "Stream", lambda **k: streams.append(stream(**k)) or streams[-1])
+    marks = []
+    record = stream.record
+    monkeypatch.setattr(stream, "record", lambda self: marks.append((self, record(self))) or marks[-1][1])
     with Ahead(Source(), "cuda:0") as ahead:
-        batch = ahead.read(PARTS[1], PARTS[3])
-    assert numbers_of(batch) == PARTS[1].tolist()
-    assert batch.boxes is made[0]
-    assert batch.weights is made[1]
+        for i, (part, following) in enumerate(pairwise(PARTS)):
+            # The next is marked only once this one is given: after all that was done with the one before.
+            assert len(marks) == (i + 1 if i else 0)
+            batch = ahead.read(part, following)
+            assert isinstance(batch.boxes, cupy.ndarray)
+            np.testing.assert_array_equal(batch.boxes[:, 0, 0, 0].get(), part)
+            np.testing.assert_array_equal(batch.weights.get(), 1)
+            np.testing.assert_array_equal(batch.weight_index.get(), 0)
+    (side,) = streams
+    assert len(made) == 9
+    assert all(on is stream.null for on, _ in marks)
+    assert side.waited == [mark for _, mark in marks]
+
+
+def test_a_batch_is_kept_until_the_next_was_sent(emulated_gpu, monkeypatch):
+    """Its memory is that of the stream it was sent on: let go sooner, the next batch could be written over it."""
+    source, go, send, alive = Source(), threading.Event(), Sender.send, []
+    read = source.read
+
+    def late(numbers):
+        if numbers[0] == PARTS[1][0]:
+            go.wait(WAIT)
+        return read(numbers)
+
+    def noted(self, arrays, after):
+        alive.append(given is not None and given() is not None)
+        return send(self, arrays, after)
+
+    monkeypatch.setattr(source, "read", late)
+    monkeypatch.setattr(Sender, "send", noted)
+    given = None
+    with Ahead(source, "cuda:0") as ahead:
+        given = weakref.ref(ahead.read(PARTS[0], PARTS[1]).boxes)
+        threading.Timer(0.2, go.set).start()  # when the next has been asked for
+        ahead.read(PARTS[1], PARTS[3])
+    assert alive == [False, True]
+    assert given() is None

@@ -288,7 +288,7 @@ def test_output_that_is_a_file_or_cannot_be_written(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="found a file"):
         simulate(tmp_path / "file")
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("faml_gpu.simulate.data_set.write_mrc", full)
