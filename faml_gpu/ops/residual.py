@@ -117,34 +117,25 @@ def _residual_cuda(
     padding: int,
 ) -> Array:
     xp = namespace(grid)
-    real = grid.real.dtype
-    b, rotated, k = shifts.shape[:3]
-    n = rotated * k
-    out = xp.zeros((b, n, support.r_max + 1))
-    kernels.launch(
-        "residual",
-        real,
-        b * n,
-        (
-            grid,
-            grid.shape[-1] - 1,
-            spectra,
-            weights,
-            weight_index,
-            xp.repeat(rotations.astype(real) * padding, k, axis=1),
-            xp.ascontiguousarray(shifts).reshape(b, n, 3),
-            count * k,
-            support.coords,
-            xp.asarray(support.shell_start),
-            n,
-            len(support),
-            support.r_max,
-            support.box,
-            out,
-        ),
-        shared=3 * (2 * support.r_max + 1) * grid.dtype.itemsize,
-    )
-    return out.reshape(b, rotated, k, support.r_max + 1)
+    real, itemsize = grid.real.dtype, grid.dtype.itemsize
+    b, n, k = shifts.shape[:3]
+    table = 3 * (2 * support.r_max + 1) * itemsize  # of phases, of one shift
+    out = xp.zeros((b, n, k, support.r_max + 1))
+    rotations, shell_start = rotations.astype(real) * padding, xp.asarray(support.shell_start)
+    shifts = xp.ascontiguousarray(shifts)
+    fixed = (grid, grid.shape[-1] - 1, spectra, weights, weight_index)
+    poses = (count, support.coords, shell_start, n)
+    sizes = (len(support), support.r_max, support.box, out)
+    if k > 1 and kernels.SHIFTS * table <= kernels.SHARED_BYTES:
+        blocks, arguments = b * n * -(-k // kernels.SHIFTS), (*fixed, rotations, shifts, *poses, k, *sizes)
+        kernels.launch(
+            "residual_shifts", real, blocks, arguments, file="residual", shared=min(k, kernels.SHIFTS) * table
+        )
+        return out
+    if k > 1:  # of boxes so large the tables of several do not fit
+        rotations, poses = xp.repeat(rotations, k, axis=1), (count * k, support.coords, shell_start, n * k)
+    kernels.launch("residual", real, b * n * k, (*fixed, rotations, shifts, *poses, *sizes), shared=table)
+    return out
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})

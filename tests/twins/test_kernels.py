@@ -12,7 +12,7 @@ from faml_gpu.fourier import make_support
 # Which kernels the CUDA twin of each operation launches.
 KERNELS = {
     "rotate": {"rotate"},
-    "residual": {"residual"},
+    "residual": {"residual", "residual_shifts"},
     "accumulate": {"accumulate"},
     "assign": {"assign"},
     "cross": {"cross"},
@@ -51,13 +51,16 @@ def calls():
     spectra = np.ones((1, len(support)), np.complex64)
     pose, one = (eye[None], nothing[None]), np.ones(1, np.int64)
     return {
-        "rotate": (grid, eye, support.coords, 1),
-        "residual": (grid, spectra, abs(spectra), zero, *pose, one, support, 1),
-        "accumulate": (grid[None], abs(grid)[None], zero, zero, zero, eye, nothing, np.ones(1), support, 1, 1),
-        "assign": (eye, nothing, *pose, one, 1.0),
-        "cross": (grid, spectra, abs(spectra), zero, zero, eye, nothing, support, 1),
-        "harmonics": (np.ones((1, 3)), 3),
-        "peaks": (np.ones((1, 4, 4, 4), np.float32), 2, 10.0),
+        "rotate": [(grid, eye, support.coords, 1)],
+        "residual": [
+            (grid, spectra, abs(spectra), zero, *pose, one, support, 1),
+            (grid, spectra, abs(spectra), zero, eye[None], np.zeros((1, 1, 2, 3)), one, support, 1),
+        ],
+        "accumulate": [(grid[None], abs(grid)[None], zero, zero, zero, eye, nothing, np.ones(1), support, 1, 1)],
+        "assign": [(eye, nothing, *pose, one, 1.0)],
+        "cross": [(grid, spectra, abs(spectra), zero, zero, eye, nothing, support, 1)],
+        "harmonics": [(np.ones((1, 3)), 3)],
+        "peaks": [(np.ones((1, 4, 4, 4), np.float32), 2, 10.0)],
     }
 
 
@@ -65,11 +68,12 @@ def calls():
 def test_each_operation_launches_its_kernels(op, emulated_gpu):
     import cupy
 
-    arguments = [
-        a.to("cuda:0") if hasattr(a, "to") else cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in calls()[op]
-    ]
+    def sent(a):
+        return a.to("cuda:0") if hasattr(a, "to") else cupy.asarray(a) if isinstance(a, np.ndarray) else a
+
     before = len(emulated_gpu.launches)
-    getattr(ops, op)(*arguments)
+    for arguments in calls()[op]:
+        getattr(ops, op)(*map(sent, arguments))
     assert {launch[0] for launch in emulated_gpu.launches[before:]} == KERNELS[op]
 
 
@@ -122,6 +126,7 @@ def test_the_launcher_counts_arguments_and_shared_memory(emulated_gpu):
 def test_the_launcher_refuses_larger_blocks_than_compiled_for(emulated_gpu, monkeypatch):
     import cupy
 
+    assert f"SHIFTS = {kernels.SHIFTS};" in (kernels.folder() / "residual.cu").read_text()
     assert f"MAX_THREADS = {kernels.MAX_THREADS};" in (kernels.folder() / "common.cuh").read_text()
     monkeypatch.setitem(kernels.THREADS, "rotate", 2 * kernels.MAX_THREADS)
     with pytest.raises(ValueError, match="rotate: found 512 threads a block, expected at most 256"):

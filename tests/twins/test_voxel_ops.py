@@ -97,7 +97,7 @@ def test_residual(run, n_particles, n_poses, box, r_max, padding, dtype, rng, or
         assert (found[b, n:] == 0).all()
 
 
-@pytest.mark.parametrize("n_shifts", [1, 3])
+@pytest.mark.parametrize("n_shifts", [1, 3, 6, 8])
 def test_residual_of_several_shifts_of_each_rotation(run, n_shifts, rng, oracles):
     c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
     c["count"][:] = [4, 0, 2]
@@ -107,6 +107,14 @@ def test_residual_of_several_shifts_of_each_rotation(run, n_shifts, rng, oracles
     for q in range(n_shifts):
         one = c | {"shifts": np.ascontiguousarray(c["shifts"][:, :, q])}
         assert oracles.relative(found[:, :, q], literal_residual(oracles, one)) < BOUND[np.complex64]
+
+
+def test_residual_of_several_shifts_whose_tables_do_not_fit(run, rng, oracles, monkeypatch):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    c["shifts"] = rng.uniform(-3, 3, (3, 4, 2, 3))
+    expected = run("residual", *c.values())
+    monkeypatch.setattr(kernels, "SHARED_BYTES", 3 * 11 * 8)  # of one
+    assert oracles.relative(run("residual", *c.values()), expected) < BOUND[np.complex64]
 
 
 def test_residual_of_shells_larger_than_a_block(run, rng, oracles):
