@@ -186,19 +186,19 @@ def iterate(
         spectra: Array,
         numbers: Int64,
     ) -> tuple[BatchPosterior, maximization.Accumulators]:
-        batch, spectra = groups.weigh(batch, spectra, numbers, state)
-        observation = band.observe(batch, spectra)
-        if band.joint:
-            with clock("pose integral"):
+        with clock("pose integral" if band.joint else "fast alignment"):
+            batch, spectra = groups.weigh(batch, spectra, numbers, state)
+            observation = band.observe(batch, spectra)
+            if band.joint:
                 candidates, volumes = band.integrate(observation, references)
-        else:
-            with clock("fast alignment"):
+            else:
                 candidates = [band.align(observation, r, c) for r, c in zip(references, kept, strict=True)]
                 if plan.options.method == "fa":
                     candidates = single_best(candidates)
                 elif plan.options.choices.poses == "refined":
                     earlier = gathered(checkpoint.posterior, numbers)
                     candidates = band.refine(observation, references, candidates, earlier)
+        if not band.joint:
             with clock("voronoi"):
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
         with clock("expectation"):

@@ -50,7 +50,6 @@ RESEED_EVERY, RESEED_LAST = 3, 0.8  # iterations, and share of them, see `Plan.r
 UNSYMMETRIC = 0.4  # of the iterations, see `Plan.finds_axes`
 EVIDENCE_PARTS = 10
 FOLDS = 2**31  # no iteration has this number: which particles are in which fold is drawn once, see `Plan.rng`
-UNSEEN_BANDWIDTH = 16  # enough for wedges, which are smooth over some degrees
 LEAST_LEFT = 0.1  # see `Band.left`; of one voxel with a small mask around it less would be left
 SOFT_EDGE = 3.0  # voxels over which masks fall to 0
 
@@ -543,7 +542,7 @@ class Band:
     def of_shells(self) -> int:
         """Bandwidth of what is expanded on Fourier shells."""
         bandwidth = self.plan.bandwidth(self.r_max)
-        return min(bandwidth, UNSEEN_BANDWIDTH) if self.joint else bandwidth
+        return min(bandwidth, fast_alignment.UNSEEN_BANDWIDTH) if self.joint else bandwidth
 
     @cached_property
     def unseen(self) -> Array | None:

@@ -2,6 +2,7 @@
 
 from faml_gpu.fast_alignment import harmonics, joint, wigner
 from faml_gpu.fast_alignment.align import (
+    UNSEEN_BANDWIDTH,
     Candidates,
     Observation,
     Reference,
@@ -21,6 +22,7 @@ from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 
 __all__ = [
+    "UNSEEN_BANDWIDTH",
     "Candidates",
     "JointReference",
     "Observation",

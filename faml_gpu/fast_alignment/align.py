@@ -17,6 +17,7 @@ from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.symmetry import point_group, unique_rotations
 
 __all__ = [
+    "UNSEEN_BANDWIDTH",
     "Candidates",
     "Matched",
     "Observation",
@@ -38,6 +39,7 @@ FLOOR = 1e-3
 SCREEN_R = 12  # band at which poses are compared first, so wide that poses as far apart as candidates are told apart
 SCREEN_SHARE = 0.6  # of narrower bands: a fifth of the voxels
 SCREENED = 10  # bands from which on it pays
+UNSEEN_BANDWIDTH = 16  # of tables of the unseen, enough for wedges, which are smooth over some degrees
 KEPT_BYTES = 1 << 28  # kept by weight for later batches: memory must not grow with the number of weights
 
 
@@ -50,13 +52,14 @@ class UnseenGain:
     orientation is expected to gain as much from the unseen part as from the seen (`maximization.wiener_factor`), so
     this is added wherever orientations are compared; to the reported likelihood it is not.
 
-    table (W, 2L, 2L, 2L) on the SO(3) grid for W weights; index (B,): that of each particle; low: table of the inner
-    shells, for comparisons by these alone (None: not kept).
+    table (W, 2L, 2L, 2L) on an SO(3) grid for W weights; index (B,): that of each particle; low: table of the inner
+    shells, for comparisons by these alone (None: not kept). harmonics (r_max, L, n_l): of v, for rotational matching.
     """
 
     table: Array
     index: Array
     low: Array | None = None
+    harmonics: Array | None = None
 
     def at(self, rotations: Array) -> Array:
         """(B, n) for rotations (B, n, 3, 3)."""
@@ -220,8 +223,12 @@ def unseen_gain(weights: Array, index: Array, unseen: Array, low: int | None = N
 
     low: shells of the table so named.
     """
-    inner = None if low is None else 0.5 * _correlate_each(weights[:, :low], unseen[:low])
-    return UnseenGain(0.5 * _correlate_each(weights, unseen), index, inner)
+
+    def table(shells: int | None) -> Array:
+        smooth = (slice(UNSEEN_BANDWIDTH), slice((UNSEEN_BANDWIDTH + 1) // 2))  # degrees below it, the even ones
+        return 0.5 * _correlate_each(weights[:, :shells, *smooth], unseen[:shells, *smooth])
+
+    return UnseenGain(table(None), index, None if low is None else table(low), unseen)
 
 
 def _correlate_each(weights: Array, q: Array) -> Array:
@@ -317,14 +324,15 @@ def normalised_scores(
     matched = observation.matched or match(observation, precision, reference.bandwidth, centred=centred)
     kept, unseen, names = {} if kept is None else kept, observation.unseen, observation.weight_ids
     if missing := [i for i, name in enumerate(names) if name not in kept]:
-        squared = _correlate_each(xp.stack([matched.weights[i] for i in missing]), reference.power)
-        if unseen is not None:
-            squared += 2 * unseen.table[xp.asarray(missing)]
+        power = reference.power if unseen is None else reference.power + unseen.harmonics
+        squared = _correlate_each(xp.stack([matched.weights[i] for i in missing]), power)
         for i, c1 in zip(missing, squared, strict=True):
             kept[names[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
-    scores = correlate(matched.magnitudes, reference.magnitude)
-    if unseen is not None:
-        scores += 2 * unseen.table[unseen.index]
+    magnitudes, magnitude = matched.magnitudes, reference.magnitude
+    if unseen is not None:  # as if on shells of their own
+        magnitudes = xp.concatenate([magnitudes, matched.weights[unseen.index]], axis=1)
+        magnitude = xp.concatenate([magnitude, unseen.harmonics])
+    scores = correlate(magnitudes, magnitude)
     scores /= xp.stack([kept[name] for name in names])[observation.weight_index]
     _forget(kept)
     return scores

@@ -117,25 +117,43 @@ def _assign_cuda(
     return out
 
 
-@numba.njit(parallel=True, nogil=True, cache=True)
+@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "nnan", "nsz"})
 def _assign_loop(points: Any, units: Any, rotations: Any, shifts: Any, count: Any, weight: float, out: Any) -> None:
     for b in numba.prange(rotations.shape[0]):
-        if count[b] == 0:
+        n = count[b]
+        if n == 0:
             continue
         low, span = np.empty(3), np.empty(3)
+        # Less what is the same for all candidates, the distance is a product of twelve numbers and a constant.
+        # Candidates one after the other in memory, in a loop without branches: it is vectorised.
+        theirs = np.zeros((13, n))
         for axis in range(3):
-            low[axis] = shifts[b, : count[b], axis].min()
-            span[axis] = shifts[b, : count[b], axis].max() - low[axis]
+            low[axis] = shifts[b, :n, axis].min()
+            span[axis] = shifts[b, :n, axis].max() - low[axis]
+        for i in range(n):
+            for j in range(9):
+                theirs[j, i] = -2 * rotations[b, i, j]
+            for axis in range(3):
+                shift = shifts[b, i, axis] - low[axis]
+                theirs[9 + axis, i] = -2 * weight * shift
+                theirs[12, i] += weight * shift**2
+        v0, v1, v2, v3, v4, v5, v6 = theirs[0], theirs[1], theirs[2], theirs[3], theirs[4], theirs[5], theirs[6]
+        v7, v8, v9, v10, v11, v12 = theirs[7], theirs[8], theirs[9], theirs[10], theirs[11], theirs[12]
+        distance = np.empty(n)
         for p in range(points.shape[0]):
-            t = low + span * units[p]
-            nearest, least = 0, np.inf
-            for i in range(count[b]):
-                trace = 0.0
-                for j in range(9):
-                    trace += points[p, j] * rotations[b, i, j]
-                distance = -2 * trace
-                for axis in range(3):
-                    distance += weight * (t[axis] - shifts[b, i, axis]) ** 2
-                if distance < least:
-                    nearest, least = i, distance
+            r0, r1, r2, r3, r4, r5, r6, r7, r8 = (
+                points[p, 0], points[p, 1], points[p, 2], points[p, 3], points[p, 4], points[p, 5], points[p, 6],
+                points[p, 7], points[p, 8],
+            )  # fmt: skip
+            t0, t1, t2 = span[0] * units[p, 0], span[1] * units[p, 1], span[2] * units[p, 2]
+            for i in range(n):
+                turn = r0 * v0[i] + r1 * v1[i] + r2 * v2[i] + r3 * v3[i] + r4 * v4[i] + r5 * v5[i]
+                turn += r6 * v6[i] + r7 * v7[i] + r8 * v8[i]
+                distance[i] = turn + t0 * v9[i] + t1 * v10[i] + t2 * v11[i] + v12[i]
+            least = distance[0]
+            for i in range(n):
+                least = min(least, distance[i])
+            nearest = 0
+            while distance[nearest] > least:
+                nearest += 1
             out[b, nearest] += 1
