@@ -230,12 +230,16 @@ def cpu_count() -> int:
 
 @contextmanager
 def cpu_threads(n: int | None) -> Iterator[int]:
-    """One knob for the threads of Numba, BLAS and FFT inside the block; None takes every core allowed."""
+    """One knob for the threads of Numba, FFT and `map_threads` inside the block; None takes every core allowed.
+
+    BLAS has one: its products are small, or come in pieces. Its idle threads would spin on the cores the next step
+    wants.
+    """
     count = min(n or cpu_count(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     before = numba.get_num_threads()
     numba.set_num_threads(count)
     try:
-        with threadpool_limits(limits=count), scipy.fft.set_workers(count):
+        with threadpool_limits(limits={"blas": 1, "openmp": count}), scipy.fft.set_workers(count):
             yield count
     finally:
         numba.set_num_threads(before)

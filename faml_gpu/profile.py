@@ -16,7 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numba
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 __all__ = ["Machine", "Profile", "Step", "profiling", "tally", "timed"]
 
@@ -55,7 +57,8 @@ class Machine:
             return min(found[1:])
 
         copied = best(lambda: xp.copyto(target, source))
-        return cls(2 * source.nbytes / copied, 2 * size**3 / best(lambda: a @ a))
+        with threadpool_limits(limits=numba.get_num_threads(), user_api="blas"):
+            return cls(2 * source.nbytes / copied, 2 * size**3 / best(lambda: a @ a))
 
 
 @dataclass

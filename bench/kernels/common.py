@@ -21,6 +21,7 @@ from typing import Any
 import numba
 import numpy as np
 from scipy.ndimage import map_coordinates
+from threadpoolctl import threadpool_limits
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import cpu_threads, namespace, synchronize, to_device, to_host, use_device
@@ -94,7 +95,8 @@ class Machine:
         seconds = setting.seconds(lambda: copy(target, source))
         size = 128 if setting.quick else 2048
         a = setting.put(np.ones((size, size), np.float32))
-        return cls(2 * source.nbytes / seconds, 2 * size**3 / setting.seconds(lambda: a @ a))
+        with threadpool_limits(limits=numba.get_num_threads(), user_api="blas"):
+            return cls(2 * source.nbytes / seconds, 2 * size**3 / setting.seconds(lambda: a @ a))
 
 
 @numba.njit(parallel=True)

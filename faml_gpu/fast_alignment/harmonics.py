@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, fft_module, free_memory, namespace, on_host, to_device
+from faml_gpu.array_backend import Array, device_of, fft_module, free_memory, map_threads, namespace, on_host, to_device
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.profile import tally
 
@@ -136,14 +136,21 @@ class ShellHarmonics:
         even_back, odd_back = mirrored + turned, turned - mirrored
         parts = even + even_back, odd + odd_back, even - even_back, odd - odd_back
         out = [xp.zeros((2, r_max + 1, b, len(pairs)), np.float32) for pairs in self.pairs for _ in range(2)]
-        for i, (r, orbits) in enumerate(self._pieces()):
+
+        def work(piece: tuple[int, tuple[int, slice]]) -> list[Array]:
+            i, (_, orbits) = piece
             tables = self._table(orbits) if self.tables is None else self.tables[i]
             # A voxel between the radii r and r + 1 counts for both, as linear interpolation does.
-            upper = self.fraction[orbits]
-            for sums, part, table in zip(out, parts, tables, strict=True):
+            upper, products = self.fraction[orbits], []
+            for part, table in zip(parts, tables, strict=True):
                 some = part[:, orbits]
-                both = xp.concatenate([some * (1 - upper), some * upper]) @ table
-                tally(some, table, both, flops=2 * both.size * len(table))
+                products.append(xp.concatenate([some * (1 - upper), some * upper]) @ table)
+                tally(some, table, products[-1], flops=2 * products[-1].size * len(table))
+            return products
+
+        pieces = list(self._pieces())
+        for (r, _), products in zip(pieces, map_threads(work, list(enumerate(pieces)), values), strict=True):
+            for sums, both in zip(out, products, strict=True):
                 sums[0, r - 1] += both[:b]
                 sums[1, r] += both[b:]
         n_l = len(degrees(self.bandwidth))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from faml_gpu.array_backend import Array, device_of, fft_module, namespace
+from faml_gpu.array_backend import Array, device_of, fft_module, map_threads, namespace, on_host
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.profile import tally
 
@@ -35,6 +35,16 @@ def correlate(p: Array, q: Array) -> Array:
     """
     if p.dtype != np.complex64:
         raise TypeError(f"p: found dtype {p.dtype}, expected complex64")
+    if on_host(p) and len(p) != 1:
+        # One by one: all that is made of one stays in the caches, and the threads have something to share.
+        n = 2 * p.shape[2]
+        out = np.empty((len(p), n, n, n), np.float32)
+
+        def one(i: int) -> None:
+            out[i] = correlate(p[i : i + 1], q)[0]
+
+        map_threads(one, range(len(p)), p)
+        return out
     xp = namespace(p)
     b, r, l_max, n_l = p.shape
     # q_l,m' for m' = -L + 1 .. L - 1, by c_l,-m = (-1)^m conj c_lm.

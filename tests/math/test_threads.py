@@ -69,6 +69,14 @@ def test_a_piece_has_one_thread_of_each_library() -> None:
 
 
 @needs_two
+def test_blas_has_one_thread_beside_those_of_the_rest() -> None:
+    """Its idle threads would spin on the cores that the next step wants."""
+    with cpu_threads(2):
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
+        assert numba.get_num_threads() == scipy.fft.get_workers() == 2
+
+
+@needs_two
 def test_an_error_in_a_piece_is_that_of_the_whole() -> None:
     def work(item: int) -> int:
         if item == 3:
