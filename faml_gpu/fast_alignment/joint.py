@@ -72,6 +72,8 @@ FINE_OF_PRIOR = 1.5  # shifts in standard deviations of the prior: the sum over 
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels; half of them the heaviest, others drawn where many more hold mass
 SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, within which all shifts are then
+SCREENED_KIN = 8  # cells close together are told apart by the inner shells only where these have so much less voxels
+FOREMOST = 4  # cells of a class that cannot matter are scored at the whole band all the same
 SPLIT = 8  # at most so many of them are split in eight, in each round
 FINEST = (
     52.0  # degrees, over r_max: as wide as the finest cells may be; within 0.35 boxes two radians of phase at r_max
@@ -659,7 +661,7 @@ def integrate(
     with step("joint: all rotations"):
         shifts = _coarse_shifts(support.box, references[0], radius)
         marginals = log_marginal(observation, references, precision, shifts, zeta)
-    first = [_search(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
+    first = _search(scorers, marginals, symmetry)
     best = xp.stack([cells.mass.max(axis=1) for cells in first])  # (K, B)
     gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells in first]).max(axis=0)
     hopeful = best > best.max(axis=0) - _tolerance(gain)
@@ -671,16 +673,54 @@ def integrate(
     return found
 
 
-def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> _Cells:
-    """Cells of the first level that stand for all of them, scored."""
-    observation, reference = scorer.observation, scorer.reference
-    xp = namespace(observation.spectra)
-    b = len(observation.spectra)
+def _search(scorers: Sequence[_Scorer], marginals: Sequence[Array], symmetry: str) -> list[_Cells]:
+    """Cells of the first level that stand for all of them, scored, against each class.
+
+    Of a class that by the inner shells is too far behind another to matter only the foremost.
+    """
     with step("joint: cells"):
-        level = _first_level(reference.bandwidth)
-        pixel, turn, part, places, weights = _first_cells(
-            reference.bandwidth, level, symmetry, device_of(observation.spectra)
-        )
+        found = [_Selected.of(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
+        hopeful = _not_behind([x.by_inner for x in found]) if len(found) > 1 else None
+        first = []
+        for k, (scorer, x) in enumerate(zip(scorers, found, strict=True)):
+            xp, worth = namespace(x.worth), x.worth
+            if hopeful is not None and x.by_inner is not None:
+                rank = xp.argsort(xp.argsort(-x.by_inner.mass, axis=1), axis=1)
+                worth = worth & (hopeful[k][:, None] | (rank < FOREMOST))
+            first.append(_score_cells(scorer, x.which, worth, x.centre, xp.full(worth.shape, scorer.fine), x.reach))
+        return first
+
+
+def _not_behind(cells: Sequence[_Cells | None]) -> Array | None:
+    """Classes (K, B) whose best cell is not far behind that of another; None where there are no such cells."""
+    known = [c for c in cells if c is not None]
+    if not known:
+        return None
+    xp = namespace(known[0].mass)
+    best = xp.stack([c.mass.max(axis=1) for c in known])
+    gain = xp.stack([c.value[:, :, 0].max(axis=1) for c in known])
+    return best > best.max(axis=0) - _screen_tolerance(gain.max(axis=0))
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Cells of the first level chosen for scoring: which, whether they are `worth` it, the shifts to look at.
+
+    by_inner: scored by the inner shells; None where that is not done.
+    """
+
+    which: tuple[Array, Array, Array, Array]
+    worth: Array
+    centre: Array
+    reach: Array
+    by_inner: _Cells | None
+
+    @classmethod
+    def of(cls, scorer: _Scorer, marginal: Array, symmetry: str) -> _Selected:
+        """The heaviest by `log_marginal`, and some drawn from the others."""
+        xp, device = namespace(marginal), device_of(marginal)
+        b, level = marginal.shape[-1], _first_level(scorer.reference.bandwidth)
+        pixel, turn, part, places, weights = _first_cells(scorer.reference.bandwidth, level, symmetry, device)
         flat = marginal.reshape(-1, b)
         coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
         # Without those drawn, a particle that says little would have all its mass in the few cells looked at.
@@ -688,18 +728,18 @@ def _search(scorer: _Scorer, marginal: Array, symmetry: str) -> _Cells:
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
         best = of_chosen.max(axis=1, keepdims=True)
         worth = of_chosen + factor > best - _tolerance(best)
-        first = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
-        centre, reach = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach)
+        which = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
+        centre, reach, cells = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach), None
         if (coarse := scorer.coarse) is not None:
-            cells, worth = _screen(coarse, first, worth, centre, xp.full(chosen.shape, coarse.reach))
+            cells, worth = _screen(coarse, which, worth, centre, xp.full(chosen.shape, coarse.reach))
             centre, reach = _near(coarse, scorer, cells, worth)
-        return _score_cells(scorer, first, worth, centre, xp.full(chosen.shape, scorer.fine), reach)
+        return cls(which, worth, centre, reach, cells)
 
 
 def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cells:
     """The most massive cells split, a few times over, of the particles (B,) that are worth it."""
     xp = namespace(cells.mass)
-    b = len(cells.mass)
+    b, support = len(cells.mass), scorer.observation.support
     for i in range(rounds):
         parents, worth = _divide(cells, i)
         worth &= close[:, None]
@@ -720,7 +760,7 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         kin = tuple(x.reshape(b, -1) for x in kin)
         spacing = xp.broadcast_to(spacing, kin_worth.shape)
         reach = xp.where(spacing < scorer.fine, LOCAL_REACH if scorer.reach else 0, scorer.reach)
-        if (coarse := scorer.coarse) is not None:
+        if (coarse := scorer.coarse) is not None and len(coarse.observation.support) * SCREENED_KIN < len(support):
             _, kin_worth = _screen(coarse, kin, kin_worth, centre, xp.ceil(reach * spacing / coarse.fine).astype(int))
         children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)
         rows = xp.arange(b)[:, None]
@@ -790,7 +830,12 @@ def _screen(
     xp = namespace(worth)
     cells = _score_cells(coarse, which, worth, centre, xp.full(worth.shape, coarse.fine), reach)
     best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
-    return cells, worth & (cells.mass > best - (10 + 0.05 * xp.maximum(gain, 0)))
+    return cells, worth & (cells.mass > best - _screen_tolerance(gain))
+
+
+def _screen_tolerance(gain: Array) -> Array:
+    """Nats by which cells or classes may be behind the best by the inner shells and still come out ahead."""
+    return 10 + 0.05 * namespace(gain).maximum(gain, 0)
 
 
 def _near(coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array) -> tuple[Array, Array]:

@@ -311,8 +311,10 @@ def assert_alike(found, alone):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("screen", [None, 3])
 @pytest.mark.parametrize("gain", [12.0, 22.0])
-def test_classes_that_are_close_are_each_looked_at_in_full(oracles, gain):
+def test_classes_that_are_close_are_each_looked_at_in_full(oracles, gain, screen, monkeypatch):
+    monkeypatch.setattr(joint, "screen_band", lambda r_max: screen)
     case = Case(oracles, gain)
     for k, found in enumerate(together(case)):
         assert_alike(found, case.integrate(k))
@@ -332,6 +334,29 @@ def test_a_class_that_is_far_behind_is_not_refined(oracles):
     # It would have been no use: even refined it is nowhere near.
     assert (refined > evidence[1] + 1).any()
     assert (evidence[0] > refined + 20).all()
+    assert (evidence[0] > evidence[1] + 20).all()
+
+
+def test_a_class_that_is_far_behind_by_the_inner_shells_is_hardly_looked_at(oracles, monkeypatch):
+    case = Case(oracles, 300.0)
+    monkeypatch.setattr(joint, "screen_band", lambda r_max: 3)
+    cells, score = {}, joint._Scorer.score
+
+    def counted(self, particle, *arguments):
+        if self.observation.support.r_max == R_MAX:
+            key = next(k for k in range(2) if self.reference is case.references[k])
+            cells[key] = cells.get(key, 0) + np.bincount(np.asarray(particle), minlength=3)
+        return score(self, particle, *arguments)
+
+    alone = case.integrate(0)
+    monkeypatch.setattr(joint._Scorer, "score", counted)
+    found = together(case)
+    assert_alike(found[0], alone)
+    assert ((cells[1] > 0) & (cells[1] <= joint.FOREMOST)).all()
+    assert (cells[0] > 5 * joint.FOREMOST).all()
+    # Known to be far behind, it has a mass all the same.
+    evidence = [logsumexp(c.gain + v - (c.shifts**2).sum(axis=-1) / (2 * ZETA**2), axis=1) for c, v in found]
+    assert np.isfinite(evidence[1]).all()
     assert (evidence[0] > evidence[1] + 20).all()
 
 
