@@ -52,8 +52,9 @@ Done = TypeVar("Done")
 
 # CuPy's pool raises a MemoryError; CUDA's runtime and driver, cuFFT and cuBLAS say it in their own ways.
 _NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
-FFT_PLANS = 16  # kept by CuPy for later calls; each may hold as much memory as the arrays it works on,
-PLANS_SHARE = 8  # all together at most this part of the free memory
+# Kept by CuPy for later calls; each may hold as much memory as the arrays it works on. Not bounded by bytes: a plan
+# larger than such a bound is an error in CuPy. `release_memory` lets go of them.
+FFT_PLANS = 16
 
 
 def on_host(array: Array) -> bool:
@@ -161,9 +162,7 @@ def use_device(device: str) -> Iterator[None]:
     import cupy
 
     with cupy.cuda.Device(_number_of(device)):
-        plans = cupy.fft.config.get_plan_cache()
-        plans.set_size(FFT_PLANS)
-        plans.set_memsize(free_memory(device) // PLANS_SHARE)
+        cupy.fft.config.get_plan_cache().set_size(FFT_PLANS)
         try:
             yield
         except Exception as error:

@@ -616,7 +616,7 @@ class _Input:
         n = len(self.source)
         digest = hashlib.sha256(repr((n, self.source.box, float(self.source.voxel_size))).encode())
         batch = self.source.read(np.unique(np.array([0, n // 2, n - 1], dtype=np.int64)))
-        arrays: list[NDArray[Any]] = [batch.boxes.astype(np.float32), batch.weights[batch.weight_index]]
+        arrays: list[NDArray[Any]] = [batch.boxes.astype(np.float32, copy=False), batch.weights[batch.weight_index]]
         poses = self.source.poses
         if poses is not None:
             arrays += [poses.rotations, poses.shifts]

@@ -105,7 +105,7 @@ def _snr_score(
         batch = source.read(rows)
         for i, row in enumerate(rows):
             spectra[start + i], observed[start + i] = metrics.aligned_spectrum(
-                batch.boxes[i].astype(np.float32),
+                batch.boxes[i].astype(np.float32, copy=False),
                 batch.weights[batch.weight_index[i]],
                 poses.rotations[row],
                 poses.shifts[row],

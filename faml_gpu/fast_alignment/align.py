@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, map_threads, namespace, on_host, step, to_host
+from faml_gpu.array_backend import Array, device_of, map_threads, namespace, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
@@ -226,16 +226,9 @@ def unseen_gain(weights: Array, index: Array, unseen: Array, low: int | None = N
 
     def table(shells: int | None) -> Array:
         smooth = (slice(UNSEEN_BANDWIDTH), slice((UNSEEN_BANDWIDTH + 1) // 2))  # degrees below it, the even ones
-        return 0.5 * _correlate_each(weights[:, :shells, *smooth], unseen[:shells, *smooth])
+        return 0.5 * correlate(weights[:, :shells, *smooth], unseen[:shells, *smooth])
 
     return UnseenGain(table(None), index, None if low is None else table(low), unseen)
-
-
-def _correlate_each(weights: Array, q: Array) -> Array:
-    """`correlate`, on the CPU of each weight alone: see `weight_harmonics`."""
-    if not on_host(weights):
-        return correlate(weights, q)
-    return np.concatenate([correlate(weights[i : i + 1], q) for i in range(len(weights))])
 
 
 def weight_harmonics(
@@ -325,7 +318,7 @@ def normalised_scores(
     kept, unseen, names = {} if kept is None else kept, observation.unseen, observation.weight_ids
     if missing := [i for i, name in enumerate(names) if name not in kept]:
         power = reference.power if unseen is None else reference.power + unseen.harmonics
-        squared = _correlate_each(xp.stack([matched.weights[i] for i in missing]), power)
+        squared = correlate(xp.stack([matched.weights[i] for i in missing]), power)
         for i, c1 in zip(missing, squared, strict=True):
             kept[names[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
     magnitudes, magnitude = matched.magnitudes, reference.magnitude

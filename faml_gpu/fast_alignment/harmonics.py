@@ -148,8 +148,8 @@ class ShellHarmonics:
                 tally(some, table, products[-1], flops=2 * products[-1].size * len(table))
             return products
 
-        pieces = list(self._pieces())
-        for (r, _), products in zip(pieces, map_threads(work, list(enumerate(pieces)), values), strict=True):
+        pieces = list(enumerate(self._pieces()))
+        for (_, (r, _)), products in zip(pieces, map_threads(work, pieces, values), strict=True):
             for sums, both in zip(out, products, strict=True):
                 sums[0, r - 1] += both[:b]
                 sums[1, r] += both[b:]

@@ -17,7 +17,7 @@ integral over all rotations and shifts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -662,9 +662,7 @@ def integrate(
         shifts = _coarse_shifts(support.box, references[0], radius)
         marginals = log_marginal(observation, references, precision, shifts, zeta)
     first = _search(scorers, marginals, symmetry)
-    best = xp.stack([cells.mass.max(axis=1) for cells in first])  # (K, B)
-    gain = xp.stack([cells.value[:, :, 0].max(axis=1) for cells in first]).max(axis=0)
-    hopeful = best > best.max(axis=0) - _tolerance(gain)
+    hopeful = _not_behind(first, _tolerance)
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
@@ -680,26 +678,24 @@ def _search(scorers: Sequence[_Scorer], marginals: Sequence[Array], symmetry: st
     """
     with step("joint: cells"):
         found = [_Selected.of(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
-        hopeful = _not_behind([x.by_inner for x in found]) if len(found) > 1 else None
-        first = []
-        for k, (scorer, x) in enumerate(zip(scorers, found, strict=True)):
-            xp, worth = namespace(x.worth), x.worth
-            if hopeful is not None and x.by_inner is not None:
-                rank = xp.argsort(xp.argsort(-x.by_inner.mass, axis=1), axis=1)
-                worth = worth & (hopeful[k][:, None] | (rank < FOREMOST))
-            first.append(_score_cells(scorer, x.which, worth, x.centre, xp.full(worth.shape, scorer.fine), x.reach))
-        return first
+        worth = [x.worth for x in found]
+        if inner := [x.by_inner for x in found if x.by_inner is not None]:
+            xp = namespace(worth[0])
+            for k, (cells, hopeful) in enumerate(zip(inner, _not_behind(inner, _screen_tolerance), strict=True)):
+                rank = xp.argsort(xp.argsort(-cells.mass, axis=1), axis=1)
+                worth[k] = worth[k] & (hopeful[:, None] | (rank < FOREMOST))
+        return [
+            _score_cells(scorer, x.which, some, x.centre, namespace(some).full(some.shape, scorer.fine), x.reach)
+            for scorer, x, some in zip(scorers, found, worth, strict=True)
+        ]
 
 
-def _not_behind(cells: Sequence[_Cells | None]) -> Array | None:
-    """Classes (K, B) whose best cell is not far behind that of another; None where there are no such cells."""
-    known = [c for c in cells if c is not None]
-    if not known:
-        return None
-    xp = namespace(known[0].mass)
-    best = xp.stack([c.mass.max(axis=1) for c in known])
-    gain = xp.stack([c.value[:, :, 0].max(axis=1) for c in known])
-    return best > best.max(axis=0) - _screen_tolerance(gain.max(axis=0))
+def _not_behind(cells: Sequence[_Cells], tolerance: Callable[[Array], Array]) -> Array:
+    """Classes (K, B) whose best cell is not far behind that of another."""
+    xp = namespace(cells[0].mass)
+    best = xp.stack([c.mass.max(axis=1) for c in cells])
+    gain = xp.stack([c.value[:, :, 0].max(axis=1) for c in cells])
+    return best > best.max(axis=0) - tolerance(gain.max(axis=0))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def correlate(p: Array, q: Array) -> Array:
     if p.dtype != np.complex64:
         raise TypeError(f"p: found dtype {p.dtype}, expected complex64")
     if on_host(p) and len(p) != 1:
-        # One by one: all that is made of one stays in the caches, and the threads have something to share.
+        # One by one: all that is made of one stays in the caches, and the threads have something to share. Each is the
+        # same to the last bit whatever it is beside, as `weight_harmonics` promises.
         n = 2 * p.shape[2]
         out = np.empty((len(p), n, n, n), np.float32)
 

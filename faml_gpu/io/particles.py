@@ -720,7 +720,7 @@ def _wedge_warnings(particles: FileParticles, names: Sequence[str], progress: Pr
     def compare(which: int) -> str | None:
         members = np.flatnonzero(particles.weight_index == which)
         batch = particles.read(members[np.unique(np.linspace(0, len(members) - 1, each).astype(np.int64))])
-        spectrum: NDArray[Any] = scipy.fft.rfftn(tapered(batch.boxes.astype(np.float32)), axes=(1, 2, 3))
+        spectrum: NDArray[Any] = scipy.fft.rfftn(tapered(batch.boxes.astype(np.float32, copy=False)), axes=(1, 2, 3))
         text = wedge_warning(wedge_consistency(spectrum.real**2 + spectrum.imag**2, batch.weights[0]))
         count = f"{len(spectrum)} boxes" if len(spectrum) > 1 else "1 box"
         return f"{names[which]} ({count}): {text}" if text else None

@@ -126,11 +126,11 @@ def _residual_cuda(
     fixed = (grid, grid.shape[-1] - 1, spectra, weights, weight_index)
     poses = (count, support.coords, shell_start, n)
     sizes = (len(support), support.r_max, support.box, out)
-    if k > 1 and kernels.SHIFTS * table <= kernels.SHARED_BYTES:
-        blocks, arguments = b * n * -(-k // kernels.SHIFTS), (*fixed, rotations, shifts, *poses, k, *sizes)
-        kernels.launch(
-            "residual_shifts", real, blocks, arguments, file="residual", shared=min(k, kernels.SHIFTS) * table
-        )
+    shared = min(k, kernels.SHIFTS) * table
+    if k > 1 and shared <= kernels.SHARED_BYTES:
+        arguments = (*fixed, rotations, shifts, *poses, k, *sizes)
+        blocks = b * n * -(-k // kernels.SHIFTS)
+        kernels.launch("residual_shifts", real, blocks, arguments, file="residual", shared=shared)
         return out
     if k > 1:  # of boxes so large the tables of several do not fit
         rotations, poses = xp.repeat(rotations, k, axis=1), (count * k, support.coords, shell_start, n * k)
