@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from faml_gpu import faml, metrics
-from faml_gpu.array_backend import cpu_threads
 from faml_gpu.data import Checkpoint, Groups
 from faml_gpu.fsc import fsc, lowpass
 from faml_gpu.geometry import random_rotations
@@ -38,6 +37,7 @@ from faml_gpu.plan import Plan
 from faml_gpu.posteriors import best_poses, one_hot
 from faml_gpu.simulate import groel, ribosome, simulate_particles, tric
 from faml_gpu.starting import final_averages
+from faml_gpu.threads import cpu_threads
 
 NOISE_RUNS: dict[str, dict[str, Any]] = {
     "one": {"noise_groups": "none", "normalize": False},

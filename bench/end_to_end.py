@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 
 from faml_gpu import faml
-from faml_gpu.array_backend import cpu_threads, use_device
+from faml_gpu.array_backend import use_device
 from faml_gpu.device_info import choose_device, cuda_info, machine
 from faml_gpu.io.mrc import read_mrc
 from faml_gpu.io.particles import open_particles
 from faml_gpu.options import Options
 from faml_gpu.plan import Plan
 from faml_gpu.simulate import SimulationOptions, simulate_data_set
+from faml_gpu.threads import cpu_threads
 
 STRUCTURES = ("ribosome", "groel", "tric")
 START = 60.0  # A

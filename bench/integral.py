@@ -28,7 +28,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from faml_gpu import ops, voronoi
-from faml_gpu.array_backend import Array, cpu_threads
+from faml_gpu.array_backend import Array
 from faml_gpu.data import State
 from faml_gpu.expectation import BatchPosterior, expectation
 from faml_gpu.fast_alignment import Candidates, Observation, Reference, joint
@@ -37,6 +37,7 @@ from faml_gpu.maximization import direct_average
 from faml_gpu.options import Options, Preset
 from faml_gpu.plan import Band, Plan
 from faml_gpu.simulate import groel, ribosome, simulate_particles
+from faml_gpu.threads import cpu_threads
 
 METHODS = {
     "a": "matched, Voronoi",

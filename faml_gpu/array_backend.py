@@ -1,24 +1,18 @@
 """NumPy or CuPy, decided by the arrays themselves: array type in = array type out. No global switch.
 
-Also the few things that differ between the two: the FFT module, threads, memory and how it runs out, profiler ranges.
+Also the few things that differ between the two: the FFT module, memory and how it runs out, profiler ranges.
 A device is named "cpu", "cuda:0", "cuda:1" ...
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
-from functools import lru_cache, partial
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import scipy.fft
-from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from faml_gpu.errors import InputError
 from faml_gpu.profile import timed
@@ -26,12 +20,9 @@ from faml_gpu.profile import timed
 __all__ = [
     "Array",
     "Sender",
-    "cpu_count",
-    "cpu_threads",
     "device_of",
     "fft_module",
     "free_memory",
-    "map_threads",
     "namespace",
     "on_host",
     "out_of_memory",
@@ -47,8 +38,6 @@ __all__ = [
 
 Array = Any  # numpy.ndarray or cupy.ndarray; shapes and dtypes are in the docstrings
 Function = TypeVar("Function", bound=Callable[..., Any])
-Item = TypeVar("Item")
-Done = TypeVar("Done")
 
 # CuPy's pool raises a MemoryError; CUDA's runtime and driver, cuFFT and cuBLAS say it in their own ways.
 _NO_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED")
@@ -220,65 +209,6 @@ def release_memory(device: str) -> None:
 def twin(cpu: Function, cuda: Function, array: Array) -> Function:
     """The CPU or the CUDA twin of an operation, by the type of its leading array."""
     return cpu if namespace(array) is np else cuda
-
-
-def cpu_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-@contextmanager
-def cpu_threads(n: int | None) -> Iterator[int]:
-    """One knob for the threads of Numba, FFT and `map_threads` inside the block; None takes every core allowed.
-
-    BLAS has one: its products are small, or come in pieces. Its idle threads would spin on the cores the next step
-    wants.
-    """
-    count = min(n or cpu_count(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    before = numba.get_num_threads()
-    numba.set_num_threads(count)
-    try:
-        with threadpool_limits(limits={"blas": 1, "openmp": count}), scipy.fft.set_workers(count):
-            yield count
-    finally:
-        numba.set_num_threads(before)
-
-
-def map_threads(work: Callable[[Item], Done], items: Sequence[Item], array: Array) -> list[Done]:
-    """`work` of each item, in order: by the CPU threads of `cpu_threads`, each with one of Numba, BLAS and FFT.
-
-    Small products and short loops gain nothing from several threads each; pieces of the work do. What comes of a piece
-    does not depend on how many run at a time. Inside a piece, and where `array` is on a GPU, one after the other.
-    """
-    count = min(numba.get_num_threads(), len(items))
-    if count < 2 or not on_host(array) or not _numba_is_threadsafe():
-        return [work(item) for item in items]
-    with _libraries().limit(limits=1), ThreadPoolExecutor(count, initializer=partial(numba.set_num_threads, 1)) as pool:
-        # Each in a copy of the context, so that what is profiled here is there too.
-        contexts = [copy_context() for _ in items]
-        return list(pool.map(lambda context, item: context.run(work, item), contexts, items))
-
-
-@lru_cache(maxsize=1)
-def _libraries() -> ThreadpoolController:
-    """The BLAS libraries that are loaded: to look for them takes longer than a small batch."""
-    return ThreadpoolController()
-
-
-@lru_cache(maxsize=1)
-def _numba_is_threadsafe() -> bool:
-    """Whether Numba's loops may be called from several threads: not where it has neither OpenMP nor TBB."""
-    try:
-        _nothing(np.zeros(1))
-        return numba.threading_layer() in ("omp", "tbb")  # type: ignore[attr-defined]
-    except ValueError:
-        return False
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def _nothing(x: Any) -> None:
-    for i in numba.prange(len(x)):
-        x[i] = 0
 
 
 @contextmanager

@@ -944,9 +944,10 @@ def _profiled(wanted: bool, device: str, threads: int | None) -> Iterator[None]:
         return
     import numpy as np
 
-    from faml_gpu.array_backend import cpu_threads, synchronize, to_device, use_device
     from faml_gpu.array_backend import namespace as module_of
+    from faml_gpu.array_backend import synchronize, to_device, use_device
     from faml_gpu.profile import Machine, profiling
+    from faml_gpu.threads import cpu_threads
 
     def wait() -> None:
         synchronize(device)

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import faml
-from faml_gpu.array_backend import cpu_threads, use_device
+from faml_gpu.array_backend import use_device
 from faml_gpu.data import Checkpoint, ParticleSource, Posterior, State
 from faml_gpu.halves import Subset
 from faml_gpu.options import Options
-from faml_gpu.plan import Plan
+from faml_gpu.plan import BatchSize, Plan
 from faml_gpu.posteriors import one_hot
 from faml_gpu.starting import final_averages
+from faml_gpu.threads import cpu_threads
 
 __all__ = ["Forecast", "forecast"]
 
@@ -101,10 +102,11 @@ def forecast(
         full = Plan.make(particles, alone, initial_lowpass, device)
         coarse = replace(full, r_final=whole.r_start)
         batch = min(whole.batch.size, max(1, n // folds))
-        widest = min(whole.batch.size, n)  # of the final averages, which have no folds
+        beside = min(whole.at_once, threads)  # batches, in the run as here
+        widest = min(beside * whole.batch.size, n)  # of the final averages, which have no folds
         made_of, timed = _apart(len(particles), max(options.n_classes, min(MAKERS, widest)))
-        # As many at a time as there are threads to share them, but no more than in a batch of the run.
-        most, taken = min(len(timed), batch), 0
+        # As many at a time as there are threads to share them, but no more than in batches of the run.
+        most, taken = min(len(timed), beside * batch), 0
         few = min(most, threads)
         faml.begin(full, Subset(particles, made_of[:few]), reference, use_poses)  # compiles
         before, start = _peak_bytes(), time.perf_counter()
@@ -118,6 +120,7 @@ def forecast(
             chosen = timed[(taken + np.arange(count)) % len(timed)]
             taken += count
             before = Checkpoint(state, _as_they_lie(count, options.n_classes), [])
+            plan = replace(plan, batch=BatchSize(-(-count // beside)))
             return dict(faml.iterate(plan, Subset(particles, np.sort(chosen)), before).history[-1].seconds)
 
         def measured(plan: Plan, state: State) -> tuple[float, float, float]:

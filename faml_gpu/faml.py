@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import maximization, voronoi
-from faml_gpu.array_backend import Array, cpu_threads, use_device
+from faml_gpu.array_backend import Array, use_device
 from faml_gpu.data import Batch, Checkpoint, ParticleSource, Poses, Progress, Result, State, progress_of
 from faml_gpu.device_info import choose_device
 from faml_gpu.errors import InputError
@@ -25,6 +24,7 @@ from faml_gpu.reading import Ahead
 from faml_gpu.reseeding import reseed
 from faml_gpu.starting import final_averages, onto_axes, start
 from faml_gpu.symmetry import point_group
+from faml_gpu.threads import Once, cpu_threads, in_order
 from faml_gpu.unfinished import Starts, Unfinished
 
 __all__ = ["begin", "iterate", "run"]
@@ -171,22 +171,26 @@ def iterate(
     parts, name = plan.parts(len(particles)), f"iteration {state.iteration + 1}"
     size = plan.options.n_classes, len(whole.output), whole.r_max
     so_far = Unfinished.of(checkpoint, size, n_curves=len(groups), parts=len(parts), device=plan.device)
-    clock = Clock(plan.device, so_far.seconds)
+    clock, beside = Clock(plan.device, so_far.seconds), Clock(plan.device)
     if on_begin is not None:
         on_begin(so_far)
     if not whole.joint:
         rng = plan.rng(state.iteration + 1)
         points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
 
+    def without(part: int) -> tuple[Band, list[Reference], list[dict[str, Array]]]:
+        band = whole.holding_out(part)
+        with beside("references"):
+            references = band.references()
+        return band, references, [{} for _ in references]
+
+    against = Once(without, keep=plan.at_once)
+
     def e_step(
-        band: Band,
-        references: list[Reference],
-        kept: list[dict[str, Array]],
-        batch: Batch,
-        spectra: Array,
-        numbers: Int64,
+        part: int, batch: Batch, spectra: Array, numbers: Int64
     ) -> tuple[BatchPosterior, maximization.Accumulators]:
-        with clock("pose integral" if band.joint else "fast alignment"):
+        band, references, kept = against(part if state.apart is not None else 0)
+        with beside("pose integral" if band.joint else "fast alignment"):
             batch, spectra = groups.weigh(batch, spectra, numbers, state)
             observation = band.observe(batch, spectra)
             if band.joint:
@@ -199,28 +203,22 @@ def iterate(
                     earlier = gathered(checkpoint.posterior, numbers)
                     candidates = band.refine(observation, references, candidates, earlier)
         if not band.joint:
-            with clock("voronoi"):
+            with beside("voronoi"):
                 volumes = [voronoi.log_volumes(points, c.rotations, c.shifts, c.count) for c in candidates]
-        with clock("expectation"):
+        with beside("expectation"):
             posterior = expectation(observation, references, candidates, volumes, state.alpha, state.sigma2, state.zeta)
             posterior = unfolded(posterior, point_group(band.symmetry))
         if plan.options.scale_correction:
             posterior = replace(posterior, scale=fitted_scale(posterior, observation, references, state.sigma2))
-        with clock("rotate back"):
+        with beside("rotate back"):
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
-    against = None
+    so_far.close_part(parts)
     with Ahead(particles, plan.device) as ahead:
-        for part in range(so_far.part, len(parts)):
-            band = whole.holding_out(part)
-            if against is None or band is not whole:
-                with clock("references"):
-                    references = band.references()
-                against = partial(e_step, band, references, [{} for _ in references])
-            left, then = parts[part][so_far.of_part.n :], (*parts, None)[part + 1]
-            for posterior, sums in plan.over_batches(ahead, against, clock, progress, name, left, so_far.done, then):
-                so_far.add(posterior, sums)
-            so_far.close_part()
+        for posterior, sums in plan.over_batches(ahead, e_step, beside, progress, name, parts, so_far.done):
+            so_far.add(posterior, sums)
+            so_far.close_part(parts)
+            clock.take(beside)
 
     with clock("maximization"):
         order, posteriors = np.concatenate(parts), so_far.posteriors
@@ -250,7 +248,11 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
     noise = band.noise_of_averages(by_part)
     maps, unseen = new_averages(plan, band, total, noise)
     if plan.options.choices.folds > 1:
-        held_out = [new_averages(plan, band.holding_out(f), by_part.without(f), noise) for f in range(by_part.parts)]
+
+        def without(fold: int) -> tuple[Float32, Float32 | None]:
+            return new_averages(plan, band.holding_out(fold), by_part.without(fold), noise)
+
+        held_out = list(in_order(without, range(by_part.parts), plan.at_once))
         apart = np.stack([averages for averages, _ in held_out])
         if unseen is not None:
             unseen = np.concatenate([power for _, power in held_out if power is not None])

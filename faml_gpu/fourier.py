@@ -13,8 +13,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from faml_gpu.array_backend import Array, fft_module, map_threads, namespace, on_host, to_device
+from faml_gpu.array_backend import Array, fft_module, namespace, on_host, to_device
 from faml_gpu.profile import tally
+from faml_gpu.threads import map_threads
 
 __all__ = [
     "Support",
@@ -136,6 +137,20 @@ def make_support(box: int, r_max: int) -> Support:
     wide = coords.astype(np.int64) % box
     index = (wide[:, 2] * box + wide[:, 1]) * (box // 2 + 1) + coords[:, 0]
     return Support(box, r_max, coords, shell, start, index)
+
+
+@lru_cache(maxsize=8)
+def support_rows(box: int, r_max: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The voxels of `make_support` along kz: their order (M,), and rows (n, 5) of kx, ky, first kz, start and stop.
+
+    Neighbours in a row are neighbours in every volume they are turned into; those in a shell are all over it.
+    """
+    coords = make_support(box, r_max).coords
+    order = np.lexsort(coords.T[::-1])  # by x, then y, then z: within a row kz goes up in steps of 1
+    x, y, z = coords[order].T
+    start = np.nonzero(np.diff(x, prepend=-1) | np.diff(y, prepend=y[0] - 1))[0]
+    rows = np.stack([x[start], y[start], z[start], start, np.append(start[1:], len(order))], axis=1)
+    return order, np.ascontiguousarray(rows, np.int32)
 
 
 def transform(volumes: Array) -> Array:

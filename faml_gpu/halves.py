@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import faml, fourier, maximization, metrics, symmetry
-from faml_gpu.array_backend import cpu_threads, use_device
+from faml_gpu.array_backend import use_device
 from faml_gpu.data import (
     Batch,
     BestPoses,
@@ -47,6 +47,7 @@ from faml_gpu.plan import Plan, resolve
 from faml_gpu.posteriors import best_poses, gathered, in_frame, scattered
 from faml_gpu.resolution import LEAK
 from faml_gpu.starting import average_sums, start
+from faml_gpu.threads import cpu_threads
 from faml_gpu.unfinished import Unfinished
 
 __all__ = [

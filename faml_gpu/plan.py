@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -17,7 +18,6 @@ from faml_gpu.array_backend import (
     Array,
     device_of,
     free_memory,
-    map_threads,
     namespace,
     on_host,
     out_of_memory,
@@ -35,15 +35,19 @@ from faml_gpu.fourier import Support
 from faml_gpu.options import GROWING, Options
 from faml_gpu.posteriors import likeliest
 from faml_gpu.reading import Ahead
+from faml_gpu.threads import in_order, map_threads
 
-__all__ = ["Band", "Clock", "Plan", "resolve", "start_lowpass"]
+__all__ = ["Band", "BatchSize", "Clock", "Plan", "resolve", "start_lowpass"]
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Done = TypeVar("Done")
 
-BATCH_SHARE = {"cpu": 1.0, "cuda": 0.4}  # of the free memory, see `array_backend.free_memory`, a batch may take
-BATCH_PARTICLES = {"cpu": 32, "cuda": 256}
+# A batch may take this share of the free memory (`array_backend.free_memory`), and have so many particles. On a CPU
+# several are worked on at a time, in numbers that its threads have no part in: results should not depend on these.
+BATCH_SHARE = {"cpu": 0.25, "cuda": 0.4}
+BATCH_PARTICLES = {"cpu": 16, "cuda": 256}
+AT_ONCE = {"cpu": 4, "cuda": 1}
 REFINED = 3  # candidates per particle and class that are refined, and earlier poses taken among them
 EXPLORED = 0.25  # of the iterations, see `Plan.explored`
 RESEED_EVERY, RESEED_LAST = 3, 0.8  # iterations, and share of them, see `Plan.reseeds`
@@ -67,6 +71,7 @@ class Plan:
     r_start: int
     mask: Float32
     batch: BatchSize
+    at_once: int  # batches
     initial_lowpass: float | None
     regularization: float
     device: str
@@ -90,7 +95,8 @@ class Plan:
         grid = (4 * resolved["bandwidth"]) * (2 * resolved["bandwidth"]) ** 2
         each = 4 * (6 * box**3 + 5 * padded + 6 * grid)
         kind = device.partition(":")[0]
-        size = int(np.clip(BATCH_SHARE[kind] * free_memory(device) / each, 1, BATCH_PARTICLES[kind]))
+        free = free_memory(device)
+        size = int(np.clip(BATCH_SHARE[kind] * free / each, 1, BATCH_PARTICLES[kind]))
         if kind == "cuda":
             # What is free changes a little from run to run; the batches, and with them the rounding, should not.
             size = 1 << (size.bit_length() - 1)
@@ -104,6 +110,7 @@ class Plan:
             resolved["r_start"],
             masks.soft_sphere(box, radius, SOFT_EDGE),
             BatchSize(size),
+            int(np.clip(free // (each * size), 1, AT_ONCE[kind])),
             initial_lowpass,
             resolved["regularization"],
             device,
@@ -216,53 +223,70 @@ class Plan:
     def over_batches(
         self,
         particles: Ahead,
-        work: Callable[[Batch, Array, Int64], Done],
+        work: Callable[[int, Batch, Array, Int64], Done],
         clock: Clock,
         progress: Progress | None,
         name: str,
-        members: Int64 | None = None,
+        parts: Sequence[Int64] | None = None,
         before: int = 0,
-        then: Int64 | None = None,
     ) -> Iterator[Done]:
-        """Map over the particles: `work(batch, spectra, numbers)` for each batch on the device, in order.
+        """Map over the particles: `work(part, batch, spectra, numbers)` for each batch on the device, in order.
 
-        `spectra` are the transforms of its normalised boxes, `numbers` those of its particles. Of `members` only, if
-        there are any, `before` of all particles having been done; `then` come those that will be asked for after them.
+        `spectra` are the transforms of its normalised boxes, `numbers` those of its particles, all of one of the
+        `parts` (default: all are one). The first `before` have been done. Several batches are worked on at a time
+        where that is on the CPU (`at_once`).
         A batch for which the device has too little memory is done again in halves, and so are all after it.
         """
-        members = np.arange(len(particles)) if members is None else members
-        then = members[:0] if then is None else then
-        first = 0
+        parts = [np.arange(len(particles))] if parts is None else parts
         if progress is not None:
             progress(name, before, len(particles))
 
-        def attempt(size: int) -> Done | None:
+        def read(numbers: Int64, following: Int64) -> list[Batch]:
+            with clock("read"):
+                return [particles.read(numbers, following[: self.batch.size])]
+
+        def batches() -> Iterator[tuple[int, Int64, list[Batch]]]:
+            done = before
+            for part, left in enumerate(parts):
+                done, left = max(0, done - len(left)), left[done:]
+                while len(left):
+                    numbers, left = left[: self.batch.size], left[self.batch.size :]
+                    following = left if len(left) else (*parts, left)[part + 1]
+                    yield part, numbers, read(numbers, following)
+
+        def tried(part: int, numbers: Int64, given: list[Batch]) -> Done | None:
             try:
-                numbers = members[first : first + size]
-                left = members[first + size :]
+                batch = given.pop()  # no one else holds it: where memory runs out it is to be let go
                 with clock("read"):
-                    following = left[: self.batch.size] if len(left) else then[: self.batch.size]
-                    batch = particles.read(numbers, following)
                     spectra = self.spectra(batch)
-                return work(batch, spectra, numbers)
+                return work(part, batch, spectra, numbers)
             except Exception as error:
-                if size == 1 or not out_of_memory(error):
+                if len(numbers) == 1 or not out_of_memory(error):
                     raise
             return None
 
-        while first < len(members):
-            size = min(self.batch.size, len(members) - first)
-            done = attempt(size)
-            if done is None:
+        def attempt(item: tuple[int, Int64, list[Batch]]) -> list[tuple[int, Done]]:
+            part, numbers, given = item
+            found, left = [], [numbers]
+            while left:
+                numbers, *left = left
+                done = tried(part, numbers, given or read(numbers, left[0] if left else numbers[:0]))
+                if done is not None:
+                    found.append((len(numbers), done))
+                    continue
                 # Only now are the arrays of the failed attempt gone.
                 fast_alignment.forget_tables()
                 release_memory(self.device)
-                self.batch.size = -(-size // 2)
-                continue
-            first += size
-            yield done
-            if progress is not None:
-                progress(name, before + first, len(particles))
+                self.batch.size = half = -(-len(numbers) // 2)
+                left = [numbers[:half], numbers[half:], *left]
+            return found
+
+        for several in in_order(attempt, batches(), self.at_once):
+            for n, done in several:
+                yield done
+                before += n
+                if progress is not None:
+                    progress(name, before, len(particles))
 
     def spectra(self, batch: Batch) -> Array:
         """Transforms (B, N, N, N//2 + 1) complex64 of the boxes, normalised and with bright protein.
@@ -815,6 +839,7 @@ class Clock:
     def __init__(self, device: str = "cpu", seconds: dict[str, float] | None = None) -> None:
         self.seconds = {} if seconds is None else seconds  # those there are: it goes on
         self.device = device
+        self._lock, self._taken = Lock(), time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -822,4 +847,15 @@ class Clock:
         with step(name):
             yield
             synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        with self._lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self, other: Clock) -> None:
+        """Add what another has measured of steps in several threads: of the time that has passed, the share of each."""
+        now = time.perf_counter()
+        with other._lock:
+            spent, other.seconds, passed = other.seconds, {}, now - other._taken
+            other._taken = now
+        whole = sum(spent.values())
+        for name, seconds in spent.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + passed * seconds / whole

@@ -113,7 +113,7 @@ _CURRENT: ContextVar[tuple[Profile, tuple[str, ...]] | None] = ContextVar("profi
 
 @contextmanager
 def profiling(synchronize: Callable[[], None] = lambda: None) -> Iterator[Profile]:
-    """Collect inside the block, on this thread and those that `array_backend.map_threads` starts.
+    """Collect inside the block, on this thread and those that `threads.map_threads` starts.
 
     synchronize : waits for the device, at the end of each step, so that its time is that of its work.
     """

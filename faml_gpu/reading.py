@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class Ahead:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._next: tuple[bytes, Future[Batch]] | None = None
         self._given: Batch | None = None
+        self._asked = Lock()
 
     def __enter__(self) -> Ahead:
         return self
@@ -48,15 +50,16 @@ class Ahead:
         Those `following` are read from now on, and had better be asked for next. What goes wrong with a batch is raised
         when it is asked for.
         """
-        if self._next is None or self._next[0] != numbers.tobytes():
-            self._begin(numbers)
-        assert self._next is not None
-        batch = self._next[1].result()
-        # The one before is let go only now, between two sendings: so the mark of the next comes after all its work.
-        self._given, self._next = batch, None
-        if len(following):
-            self._begin(following)
-        return batch
+        with self._asked:
+            if self._next is None or self._next[0] != numbers.tobytes():
+                self._begin(numbers)
+            assert self._next is not None
+            batch = self._next[1].result()
+            # The one before is let go only now, between two sendings: so the mark of the next comes after all its work.
+            self._given, self._next = batch, None
+            if len(following):
+                self._begin(following)
+            return batch
 
     def _begin(self, numbers: Int64) -> None:
         self._next = numbers.tobytes(), self._thread.submit(self._read, numbers, self._sender.mark())

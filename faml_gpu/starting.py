@@ -169,15 +169,16 @@ def average_sums(
     clock = Clock(plan.device)
     groups = None if state is None else noise_groups(particles, plan.options, state)
 
-    def add(batch: Batch, spectra: Array, numbers: Int64) -> tuple[Array, Array]:
+    def add(_: int, batch: Batch, spectra: Array, numbers: Int64) -> tuple[Array, Array]:
         part = gathered(posterior, numbers)
         if state is not None and groups is not None:
             batch, spectra = groups.weigh(batch, spectra, numbers, state)
         with clock("rotate back"):
             return plan.rotate_back(part, batch, spectra, support, n_classes)
 
+    parts = None if members is None else [members]
     with Ahead(particles, plan.device) as ahead:
-        for s, w in plan.over_batches(ahead, add, clock, progress, "averages", members):
+        for s, w in plan.over_batches(ahead, add, clock, progress, "averages", parts):
             sums += to_host(s)
             weights += to_host(w)
     counted = posterior if members is None else gathered(posterior, members)

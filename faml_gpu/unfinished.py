@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from faml_gpu.data import Checkpoint
 from faml_gpu.expectation import BatchPosterior
 from faml_gpu.maximization import Accumulators
@@ -77,8 +80,9 @@ class Unfinished(Checkpoint):
         # The residuals are in the sums by now; those of all particles would take much memory.
         self.posteriors.append(replace(posterior, residual=posterior.residual[:, :0]))
 
-    def close_part(self) -> None:
-        """All of a part is done."""
-        self.total.merge(self.of_part.on_host(), self.part)
-        self.of_part = self.of_part.emptied()
-        self.part += 1
+    def close_part(self, parts: list[NDArray[np.int64]]) -> None:
+        """If all of the part being done is, of the `parts` of the particles, go on to the next."""
+        if self.part < len(parts) and self.of_part.n == len(parts[self.part]):
+            self.total.merge(self.of_part.on_host(), self.part)
+            self.of_part = self.of_part.emptied()
+            self.part += 1

@@ -24,10 +24,11 @@ from scipy.ndimage import map_coordinates
 from threadpoolctl import threadpool_limits
 
 from faml_gpu import kernels
-from faml_gpu.array_backend import cpu_threads, namespace, synchronize, to_device, to_host, use_device
+from faml_gpu.array_backend import namespace, synchronize, to_device, to_host, use_device
 from faml_gpu.device_info import choose_device, cuda_info, machine
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.ops._trilinear import sample_complex
+from faml_gpu.threads import cpu_threads
 
 Array = Any
 PADDING = 2

@@ -149,7 +149,7 @@ def coverage(plan: Plan, particles: ParticleSource, posterior: Posterior) -> lis
     n_classes = posterior.class_probability.shape[1]
     weights = np.zeros((n_classes, len(support)))
 
-    def back(batch: Batch, spectra: Array, numbers: np.ndarray) -> Array:
+    def back(_: int, batch: Batch, spectra: Array, numbers: np.ndarray) -> Array:
         return plan.rotate_back(gathered(posterior, numbers), batch, spectra, support, n_classes)[1]
 
     with Ahead(particles, plan.device) as ahead:

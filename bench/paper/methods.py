@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from particles import Sample
 
 from faml_gpu import faml, ops
-from faml_gpu.array_backend import cpu_threads, use_device
+from faml_gpu.array_backend import use_device
 from faml_gpu.data import Checkpoint, IterationRecord, Posterior, State
 from faml_gpu.device_info import choose_device
 from faml_gpu.fast_alignment import Candidates, Observation, Reference
@@ -22,6 +22,7 @@ from faml_gpu.options import Options, Preset
 from faml_gpu.plan import Band, Plan, resolve
 from faml_gpu.posteriors import one_hot
 from faml_gpu.starting import final_averages
+from faml_gpu.threads import cpu_threads
 
 __all__ = ["Run", "method_options", "run_method"]
 

@@ -30,11 +30,12 @@ from particles import Sample, make_sample
 from pictures import figure_2
 
 from faml_gpu import faml
-from faml_gpu.array_backend import cpu_threads, use_device
+from faml_gpu.array_backend import use_device
 from faml_gpu.device_info import choose_device, machine, versions
 from faml_gpu.io.atomic import atomic_path
 from faml_gpu.io.mrc import write_mrc
 from faml_gpu.plan import Plan
+from faml_gpu.threads import cpu_threads
 
 HERE = Path(__file__).resolve().parent
 

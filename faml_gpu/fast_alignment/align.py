@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, map_threads, namespace, step, to_host
+from faml_gpu.array_backend import Array, device_of, namespace, step, to_host
 from faml_gpu.fast_alignment.harmonics import shell_harmonics, sphere_grid
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import euler_to_matrix
 from faml_gpu.symmetry import point_group, unique_rotations
+from faml_gpu.threads import map_threads
 
 __all__ = [
     "UNSEEN_BANDWIDTH",
@@ -240,17 +241,15 @@ def weight_harmonics(
     are the same to the last bit whichever weights they are computed beside: a run that was stopped between two batches
     has none kept when it goes on.
     """
-    xp, names = namespace(observation.spectra), observation.weight_ids
-    kept = {} if kept is None else kept
-    if missing := [i for i, name in enumerate(names) if name not in kept]:
+    xp = namespace(observation.spectra)
+
+    def made(missing: list[int]) -> list[Array]:
         squared = xp.stack([observation.weights[i] for i in missing]) ** 2 * precision
         harmonics = shell_harmonics(observation.support, bandwidth)
         rows = [squared[i : i + 1] for i in range(len(missing))] if xp is np else [squared]
-        new = [row for some in rows for row in harmonics.coefficients(some)]
-        kept.update((names[i], c) for i, c in zip(missing, new, strict=True))
-    found = xp.stack([kept[name] for name in names])
-    _forget(kept)
-    return found
+        return [row for some in rows for row in harmonics.coefficients(some)]
+
+    return xp.stack(_by_weight(observation.weight_ids, {} if kept is None else kept, made))
 
 
 def match(
@@ -277,11 +276,20 @@ def match(
     return Matched(of_magnitudes, weight_harmonics(observation, precision, bandwidth, kept))
 
 
-def _forget(kept: dict[str, Array]) -> None:
-    """The oldest go where those kept take too much memory."""
-    size = next(iter(kept.values())).nbytes
-    for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // size)]:
-        del kept[name]
+def _by_weight(
+    names: Sequence[str], kept: dict[str, Array], made: Callable[[list[int]], Sequence[Array]]
+) -> list[Array]:
+    """What is kept of each weight; of those of which nothing is, `made` of their numbers is from now on.
+
+    The oldest go where it takes too much memory. Threads may share what is kept.
+    """
+    found = [kept.get(name) for name in names]
+    if missing := [i for i, known in enumerate(found) if known is None]:
+        for i, new in zip(missing, made(missing), strict=True):
+            found[i] = kept[names[i]] = new
+        for name in list(kept)[: max(0, len(kept) - KEPT_BYTES // new.nbytes)]:
+            kept.pop(name, None)
+    return found
 
 
 def normalised_scores(
@@ -315,19 +323,20 @@ def normalised_scores(
     """
     xp = namespace(observation.spectra)
     matched = observation.matched or match(observation, precision, reference.bandwidth, centred=centred)
-    kept, unseen, names = {} if kept is None else kept, observation.unseen, observation.weight_ids
-    if missing := [i for i, name in enumerate(names) if name not in kept]:
+    unseen = observation.unseen
+
+    def made(missing: list[int]) -> list[Array]:
         power = reference.power if unseen is None else reference.power + unseen.harmonics
         squared = correlate(xp.stack([matched.weights[i] for i in missing]), power)
-        for i, c1 in zip(missing, squared, strict=True):
-            kept[names[i]] = xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny))
+        return [xp.sqrt(xp.maximum(c1, FLOOR * c1.max() + np.finfo(np.float32).tiny)) for c1 in squared]
+
+    c1 = _by_weight(observation.weight_ids, {} if kept is None else kept, made)
     magnitudes, magnitude = matched.magnitudes, reference.magnitude
     if unseen is not None:  # as if on shells of their own
         magnitudes = xp.concatenate([magnitudes, matched.weights[unseen.index]], axis=1)
         magnitude = xp.concatenate([magnitude, unseen.harmonics])
     scores = correlate(magnitudes, magnitude)
-    scores /= xp.stack([kept[name] for name in names])[observation.weight_index]
-    _forget(kept)
+    scores /= xp.stack(c1)[observation.weight_index]
     return scores
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, fft_module, free_memory, map_threads, namespace, on_host, to_device
+from faml_gpu.array_backend import Array, device_of, fft_module, free_memory, namespace, on_host, to_device
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.profile import tally
+from faml_gpu.threads import Once, map_threads
 
 __all__ = ["ShellHarmonics", "SphereGrid", "degrees", "forget_tables", "shell_harmonics", "sphere_grid"]
 
@@ -58,7 +59,7 @@ class SphereGrid:
         return (real + 1j * imaginary).reshape(*values.shape[:-1], n, -1)
 
 
-@lru_cache(maxsize=8)
+@partial(Once, keep=8)
 def sphere_grid(bandwidth: int, *, even: bool = True, device: str = "cpu") -> SphereGrid:
     """The grid for degrees l < L (L nodes in theta, 2L in phi)."""
     nodes, quadrature = np.polynomial.legendre.leggauss(bandwidth)
@@ -161,7 +162,7 @@ class ShellHarmonics:
         return found.reshape(b, r_max, self.bandwidth, n_l)
 
 
-@lru_cache(maxsize=1)  # tables of the bands before are of no use any more, and large
+@partial(Once, keep=1)  # tables of the bands before are of no use any more, and large
 def _shell_harmonics(box: int, r_max: int, bandwidth: int, device: str) -> ShellHarmonics:
     support = make_support(box, r_max)
     orbits, share, images = _orbits(support)

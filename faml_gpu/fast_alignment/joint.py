@@ -19,22 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu import ops
-from faml_gpu.array_backend import (
-    Array,
-    device_of,
-    map_threads,
-    namespace,
-    step,
-    to_device,
-    to_host,
-    working_bytes,
-)
+from faml_gpu.array_backend import Array, device_of, namespace, step, to_device, to_host, working_bytes
 from faml_gpu.fast_alignment.align import (
     Candidates,
     Observation,
@@ -49,6 +40,7 @@ from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.fourier import Support, make_support
 from faml_gpu.profile import tally
 from faml_gpu.symmetry import point_group, unit_share
+from faml_gpu.threads import Once, map_threads
 
 __all__ = [
     "JointReference",
@@ -160,7 +152,7 @@ def _inside(box: int, r_max: int, r: int) -> tuple[NDArray[np.int64], NDArray[np
     return order, radius[order]
 
 
-@lru_cache(maxsize=1)  # as in `harmonics`
+@partial(Once, keep=1)  # as in `harmonics`
 def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) -> PhaseHarmonics:
     coords = make_support(box, r_max).coords
     order, radius = _inside(box, r_max, r)
@@ -181,7 +173,7 @@ def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) 
     return PhaseHarmonics(bandwidth, n_shells, to_device(order, device), tuple(tables))
 
 
-@lru_cache(maxsize=4)
+@partial(Once, keep=4)
 def _d_table(bandwidth: int, device: str) -> Array:
     """d^l_mm'(beta_j), (2L, L + 1, 2L, L) float32, axes [m' in FFT order, m, j, l]; the Nyquist lines are 0."""
     narrow = to_host(small_d_table(bandwidth, 2 * bandwidth, even=False, device="cpu")).transpose(1, 0, 2, 3)
@@ -344,7 +336,7 @@ def log_marginal(
     return out
 
 
-@lru_cache(maxsize=1)
+@partial(Once, keep=1)
 def _lattice_phases(box: int, r_max: int, r: int, shifts: bytes, device: str) -> Array:
     """exp(2 pi i xi.t / N), (M', T) complex64, at the voxels of `_phase_harmonics`: of every particle the same."""
     points = np.frombuffer(shifts).reshape(-1, 3)
@@ -376,7 +368,7 @@ def _synthesis(t: Array, bandwidth: int) -> Array:
     return out.reshape(n, n, n, -1)
 
 
-@lru_cache(maxsize=4)
+@partial(Once, keep=4)
 def _turns(bandwidth: int, device: str) -> tuple[Array, Array]:
     """exp(i m' gamma), (2L, 2L) complex64, m' in FFT order; and (2L, 2L + 2) float32, what Re and Im of m >= 0 give."""
     n = 2 * bandwidth
@@ -438,7 +430,7 @@ def cell_children(level: Array, pixel: Array, turn: Array) -> tuple[Array, Array
     return (level + 1)[..., None] + 0 * k, 4 * pixel[..., None] + k // 2, 2 * turn[..., None] + k % 2
 
 
-@lru_cache(maxsize=2)
+@partial(Once, keep=2)
 def _first_cells(bandwidth: int, level: int, symmetry: str, device: str) -> tuple[Array, Array, Array, Array, Array]:
     """The cells of a level (pixel, turn) that cover the widened asymmetric unit, and the log of each one's share.
 

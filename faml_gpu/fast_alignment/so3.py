@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from faml_gpu.array_backend import Array, device_of, fft_module, map_threads, namespace, on_host
+from faml_gpu.array_backend import Array, device_of, fft_module, namespace, on_host
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.profile import tally
+from faml_gpu.threads import map_threads
 
 __all__ = ["correlate", "grid_angles", "interpolate"]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from faml_gpu.array_backend import Array, to_device
+from faml_gpu.threads import Once
 
 __all__ = ["small_d", "small_d_table"]
 
@@ -33,7 +34,7 @@ def small_d(l: int, beta: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(((vectors * phases[:, None, :]) @ vectors.conj().T).real)
 
 
-@lru_cache(maxsize=4)
+@partial(Once, keep=4)
 def small_d_table(bandwidth: int, n_beta: int, *, even: bool = True, device: str = "cpu") -> Array:
     """d^l_mm'(beta_j) for m >= 0 at beta_j = pi (j + 1/2) / n_beta.
 

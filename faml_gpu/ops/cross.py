@@ -9,9 +9,9 @@ import numpy as np
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
-from faml_gpu.fourier import Support
+from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import GATHER_FLOPS, U, sample_complex
+from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
 from faml_gpu.profile import tally
 
 __all__ = ["cross"]
@@ -88,18 +88,19 @@ def _cross_cpu(
 ) -> tuple[Array, Array]:
     real, side = real_view(grid), 2 * support.r_max + 1
     crops, power = np.empty((len(particle), support.r_max + 1, side, side), grid.dtype), np.zeros(len(particle))
+    order, rows = support_rows(support.box, support.r_max)
     _cross_loop(
         real,
-        real_view(spectra),
-        weights,
+        real_view(np.take(spectra, order, axis=1)),
+        np.take(weights, order, axis=1),
         weight_index,
         particle,
         rotations.astype(real.dtype) * real.dtype.type(padding),
         centres,
-        support.coords,
+        rows,
         support.box,
-        np.int32(support.r_max),
-        real_view(crops.reshape(len(particle), (support.r_max + 1) * side**2)),
+        support.r_max,
+        real_view(crops.reshape(len(particle), (support.r_max + 1) * side, side)),
         power,
     )
     return crops, power
@@ -153,49 +154,43 @@ def _cross_loop(
     particle: Any,
     rotations: Any,
     centres: Any,
-    coords: Any,
+    rows: Any,
     box: int,
-    r_max: Any,
+    r_max: int,
     crops: Any,
     power: Any,
 ) -> None:
-    c, side = grid.shape[2] - 1, U(2 * r_max + 1)
+    c, side = grid.shape[2] - 1, 2 * r_max + 1
     real = type(rotations[0, 0, 0])
     for e in numba.prange(len(particle)):
         r, centre, crop = rotations[e], centres[e], crops[e]
         crop[:] = 0
-        still = centre[0] == 0 and centre[1] == 0 and centre[2] == 0
-        phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
-        if not still:
-            for axis in range(3):
-                for k in range(-r_max, r_max + 1):
-                    angle = 2 * np.pi * k * centre[axis] / box
-                    phase[axis, k + r_max, 0] = np.cos(angle)
-                    phase[axis, k + r_max, 1] = np.sin(angle)
+        phase = np.empty((3, side, 2), grid.dtype)
+        for axis in range(3):
+            for k in range(-r_max, r_max + 1):
+                angle = 2 * np.pi * k * centre[axis] / box
+                phase[axis, k + r_max, 0] = np.cos(angle)
+                phase[axis, k + r_max, 1] = np.sin(angle)
         x_particle, w_particle = spectra[particle[e]], weights[weight_index[particle[e]]]
         total = 0.0
-        for j in range(coords.shape[0]):
-            w = w_particle[j]
-            if w == 0:
-                continue
-            kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
-            x, y, z = real(kx), real(ky), real(kz)
-            re, im = sample_complex(
-                grid,
-                c,
-                r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
-                r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
-                r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
-            )
-            total += w * (re * re + im * im)
-            xr, xi = x_particle[j, 0], x_particle[j, 1]
-            a, b = w * (xr * re + xi * im), w * (xi * re - xr * im)
-            ux, uy, uz = U(kx), U(ky + r_max), U(kz + r_max)
-            if not still:
-                px, py, pz = phase[0, U(kx + r_max)], phase[1, uy], phase[2, uz]
-                qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-                pr, pi = qr * pz[0] - qi * pz[1], qr * pz[1] + qi * pz[0]
-                a, b = a * pr - b * pi, a * pi + b * pr
-            place = U(U(U(ux * side) + uy) * side) + uz
-            crop[U(place), 0], crop[U(place), 1] = a, b
+        for row in range(rows.shape[0]):
+            kx, ky, first, start, stop = rows[row]
+            x, y = real(kx), real(ky)
+            x0, y0, z0 = r[0, 0] * x + r[1, 0] * y, r[0, 1] * x + r[1, 1] * y, r[0, 2] * x + r[1, 2] * y
+            px, py = phase[0, kx + r_max], phase[1, ky + r_max]
+            qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
+            line = crop[kx * side + ky + r_max]
+            for j in range(start, stop):
+                w = w_particle[U(j)]
+                if w == 0:
+                    continue
+                kz = np.int32(first + (j - start))
+                z, uz = real(kz), U(kz + r_max)
+                re, im = sample_complex(grid, c, x0 + r[2, 0] * z, y0 + r[2, 1] * z, z0 + r[2, 2] * z)
+                total += w * (re * re + im * im)
+                xr, xi = x_particle[U(j), R], x_particle[U(j), I]
+                a, b = w * (xr * re + xi * im), w * (xi * re - xr * im)
+                zr, zi = phase[2, uz, R], phase[2, uz, I]
+                pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
+                line[uz, R], line[uz, I] = a * pr - b * pi, a * pi + b * pr
         power[e] = 2 * total

@@ -22,16 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from faml_gpu.array_backend import (
-    Array,
-    cpu_threads,
-    fft_module,
-    namespace,
-    on_host,
-    to_host,
-    use_device,
-    working_bytes,
-)
+from faml_gpu.array_backend import Array, fft_module, namespace, on_host, to_host, use_device, working_bytes
 from faml_gpu.data import Progress
 from faml_gpu.device_info import choose_device, versions
 from faml_gpu.errors import InputError
@@ -49,6 +40,7 @@ from faml_gpu.simulate.tilt_series import (
     tilt_angles,
     white_noise,
 )
+from faml_gpu.threads import cpu_threads
 from faml_gpu.weights import centred_from_half, missing_wedge
 
 __all__ = ["DataSet", "FastBoxes", "SimulationOptions", "random_poses", "simulate_data_set"]

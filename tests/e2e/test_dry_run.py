@@ -133,6 +133,7 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
     n, options = 1000, Options(n_classes=2, iterations=5, mask_radius=120.0, device="cpu", threads=1)
     particles = ArrayParticles(np.tile(small_simulation.boxes, (5, 1, 1, 1)), 24.0, small_simulation.weight)
     calls: list[tuple[int, int, int]] = []
+    batches: list[int] = []
     clock = [0.0]
 
     def begin(plan: Plan, chosen, reference, use_poses):
@@ -143,6 +144,7 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
         assert not {*chosen.indices} & {*checkpoint.state.made_of}  # compared with averages of others
         assert plan.options.choices.folds == 1
         calls.append((len(chosen), plan.r_max(1), checkpoint.state.iteration))
+        batches.append(plan.batch.size)
         slow = 50 if len(calls) == 3 else 1  # something else was going on: the median leaves it out
         seconds = {"references": 0.1, "maximization": 0.2, "read": 0.01 * len(chosen), "rotate back": 0.0}
         seconds["pose integral"] = slow * 0.04 * len(chosen) * (plan.r_max(1) / 7) ** 3
@@ -151,6 +153,7 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
 
     def found(options: Options, n: int = n) -> dry_run.Forecast:
         calls.clear()
+        batches.clear()
         return dry_run.forecast(particles, options, n, device="cpu")
 
     monkeypatch.setattr(dry_run.faml, "begin", begin)
@@ -165,7 +168,7 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
     assert {iteration for _, _, iteration in at_full} == {19}  # as at the end of a run: symmetry and all
     assert {iteration for _, _, iteration in at_coarse} == {0}
     assert [count for count, _, _ in at_full] == [1, 1, 6, 6]  # some 0.3 s at a time, for a second, three at least
-    assert (one.measured, one.batch) == (15, 32)  # all but the fifteen that averages are made of
+    assert (one.measured, one.batch) == (15, 16)  # all but the fifteen that averages are made of
     assert one.full == pytest.approx(0.3 * 10 + 0.05 * n)
     assert one.first == pytest.approx(0.3 * 10 + (0.01 + 0.04 * (5 / 7) ** 3) * n)
     power = np.log(one.full / one.first) / np.log(7 / 5)
@@ -188,8 +191,10 @@ def test_the_forecast_by_hand(monkeypatch: pytest.MonkeyPatch, small_simulation)
     monkeypatch.setattr(dry_run, "cpu_threads", lambda n: nullcontext(4))
     found(options)
     assert {count % 4 for count, _, _ in calls} == {0}  # each thread has its share
+    assert batches == [count // 4 for count, _, _ in calls]  # as many batches at a time as in the run
     found(options, 25)
-    assert {count for count, _, _ in calls} == {2}  # as in the run, whose folds have no more
+    assert {count for count, _, _ in calls} == {4, 8}
+    assert max(batches) == 2  # as in the run, whose folds have no more
 
 
 def test_one_particle_is_enough(small_simulation) -> None:

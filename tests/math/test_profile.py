@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from faml_gpu import ops
-from faml_gpu.array_backend import cpu_threads, map_threads, step
+from faml_gpu.array_backend import step
 from faml_gpu.fourier import make_support
 from faml_gpu.profile import Machine, profiling, tally
+from faml_gpu.threads import cpu_threads, in_order, map_threads
 
 
 def test_steps_hold_those_within_them():
@@ -51,8 +52,9 @@ def test_threads_add_to_the_step_that_started_them():
 
     with cpu_threads(2), profiling() as profile, step("whole"):
         map_threads(work, range(5), np.zeros(1))
-    assert profile.steps["whole", "piece"].calls == 5
-    assert profile.steps["whole",].flops == 10
+        list(in_order(work, range(5), 2))
+    assert profile.steps["whole", "piece"].calls == 10
+    assert profile.steps["whole",].flops == 20
 
 
 @pytest.mark.parametrize("n", [0, 3])

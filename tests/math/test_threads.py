@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
@@ -14,9 +19,10 @@ import pytest
 import scipy.fft
 from threadpoolctl import threadpool_info
 
-from faml_gpu.array_backend import cpu_threads, map_threads
 from faml_gpu.fast_alignment import Candidates, Observation, UnseenGain
 from faml_gpu.fourier import make_support
+from faml_gpu.plan import Clock
+from faml_gpu.threads import Once, cpu_threads, in_order, map_threads
 
 TWO = numba.config.NUMBA_NUM_THREADS >= 2  # type: ignore[attr-defined]
 needs_two = pytest.mark.skipif(not TWO, reason="one thread here: run by test_with_two_threads")
@@ -104,6 +110,163 @@ def test_what_is_on_a_gpu_stays_in_one_thread(emulated_gpu: object) -> None:
     with cpu_threads(2):
         found = map_threads(lambda _: threading.get_ident(), range(4), cupy.zeros(1))
     assert set(found) == {here}
+
+
+@needs_two
+def test_several_at_a_time_share_the_threads_and_come_in_order() -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def work(item: int) -> tuple[int, int, int, list[int]]:
+        if item < 2:
+            both.wait()
+        of_piece = map_threads(lambda _: threading.get_ident(), range(2), HOST)
+        return item**2, numba.get_num_threads(), scipy.fft.get_workers(), of_piece
+
+    with cpu_threads(2):
+        found = list(in_order(work, range(7), 4))
+        assert numba.get_num_threads() == scipy.fft.get_workers() == 2
+    assert [value for value, *_ in found] == [item**2 for item in range(7)]
+    assert {(threads, workers) for _, threads, workers, _ in found} == {(1, 1)}
+    threads = [set(idents) for *_, idents in found]
+    assert all(len(idents) == 1 for idents in threads)  # pieces of what has one thread are not shared out
+    assert threading.get_ident() not in set().union(*threads)
+
+
+@needs_two
+def test_items_are_taken_as_results_are() -> None:
+    """However many there are, a few are in memory."""
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    with cpu_threads(2):
+        results = in_order(lambda item: item, items(), 2)
+        for n in range(10):
+            assert next(results) == n
+            assert len(taken) <= n + 4
+        results.close()
+
+
+@needs_two
+def test_an_error_among_several_ends_all() -> None:
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise KeyError("item 3")
+        return item
+
+    with cpu_threads(2):
+        results = in_order(work, range(50), 2)
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(KeyError, match="item 3"):
+            next(results)
+        assert len(begun) < 10
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 4), (2, 1)])
+def test_one_at_a_time_stays_here_with_all_threads(threads: int, at_once: int) -> None:
+    here, all_of_them = threading.get_ident(), min(threads, 2 if TWO else 1)
+    with cpu_threads(threads):
+        found = list(in_order(lambda _: (threading.get_ident(), numba.get_num_threads()), range(3), at_once))
+    assert found == [(here, all_of_them)] * 3
+
+
+def test_what_two_threads_ask_for_is_made_once() -> None:
+    made, asked = [], threading.Barrier(2, timeout=60)
+
+    def make(item: int, *, sign: int = 1) -> list[int]:
+        made.append(item)
+        time.sleep(0.05)  # the other asks meanwhile
+        return [sign * item]
+
+    once = Once(make, keep=2)
+
+    def ask(_: int) -> list[int]:
+        asked.wait()
+        return once(5, sign=-1)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ask, range(2))
+    assert first is second
+    assert first == [-5]
+    assert made == [5]
+    once(5)
+    assert made == [5, 5]  # another sign
+    once(5, sign=-1)
+    once(7)
+    assert made == [5, 5, 7]
+    once(5, sign=-1)
+    assert made == [5, 5, 7]
+    once(5)  # asked for longest ago, and let go of
+    assert made == [5, 5, 7, 5]
+    once.cache_clear()
+    once(5)
+    assert made == [5, 5, 7, 5, 5]
+
+
+def test_what_could_not_be_made_is_tried_again() -> None:
+    tries, asked = [], threading.Barrier(2, timeout=60)
+
+    class Large:
+        pass
+
+    large = []
+
+    def make() -> int:
+        tries.append(None)
+        if len(tries) == 1:
+            held = Large()
+            large.append(weakref.ref(held))
+            asked.wait()
+            time.sleep(0.05)  # the other waits for what will not come
+            raise MemoryError("first")
+        return 3
+
+    once = Once(make, keep=1)
+
+    def ask(wait: bool) -> int | None:
+        try:
+            if wait:
+                asked.wait()
+            return once()
+        except MemoryError:
+            return None
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(ask, [False, True])) == [None, 3]
+        assert large[0]() is None  # what the failed try held is gone at once
+    finally:
+        gc.enable()
+    assert once() == 3
+    assert len(tries) == 2
+
+
+def test_steps_in_several_threads_take_the_time_that_passes() -> None:
+    clock, beside = Clock(), Clock()
+
+    def work(seconds: float) -> None:
+        with beside("long" if seconds > 0.15 else "short"):
+            time.sleep(seconds)
+
+    begin = time.perf_counter()
+    clock.take(beside)
+    assert clock.seconds == {}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [0.2, 0.1, 0.1]))
+    clock.take(beside)
+    passed = time.perf_counter() - begin
+    assert sum(clock.seconds.values()) == pytest.approx(passed, abs=0.01)
+    assert clock.seconds["long"] == pytest.approx(clock.seconds["short"], rel=0.2)
+    before = dict(clock.seconds)
+    clock.take(beside)
+    assert clock.seconds == before
 
 
 def test_a_particle_alone_and_joined_again(rng: np.random.Generator) -> None:

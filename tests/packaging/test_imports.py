@@ -18,7 +18,7 @@ PACKAGE = ROOT / "faml_gpu"
 # A module may import from its own rank or a lower one; __init__ hands out names lazily and is left out.
 RANKS = [
     {"errors", "profile"},
-    {"options", "config", "data", "array_backend", "device_info", "stopping"},
+    {"options", "config", "data", "array_backend", "threads", "device_info", "stopping"},
     {"kernels"},
     {"geometry", "fourier", "weights", "masks", "ops", "fsc", "symmetry", "resolution"},
     {"metrics"},
