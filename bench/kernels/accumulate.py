@@ -72,6 +72,8 @@ def main() -> None:
             list_of = [setting.put(x) for x in entries(rng, b, POSES)]
             gather = gather_seconds(setting, grids[0], list_of[2].transpose(0, 2, 1).copy(), support)
             samples = b * POSES * len(support)
+            if gather is not None:
+                gather *= 1.5  # with each sample of X one of the weight, which is real
             for block in setting.blocks("accumulate"):
                 seconds = setting.seconds(partial(ops.accumulate, grids, weights, index, *list_of, support, PADDING, 1))
                 report.add(

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from faml_gpu import kernels
 from faml_gpu.array_backend import namespace, synchronize, to_device, to_host, use_device
 from faml_gpu.device_info import choose_device, cuda_info, machine
-from faml_gpu.fourier import Support, make_support
+from faml_gpu.fourier import Support, make_support, support_rows
 from faml_gpu.ops._trilinear import sample_complex
 from faml_gpu.threads import cpu_threads
 
@@ -127,12 +127,15 @@ def _gathers(grid: Any, rotations: Any, coords: Any, out: Any) -> None:
         out[i, 1] = total_im
 
 
-def gather_seconds(setting: Setting, grid: Array, rotations: Array, support: Support) -> float | None:
-    """Of one complex trilinear gather, in the order of the support's voxels, and nothing else; CPU only."""
+def gather_seconds(
+    setting: Setting, grid: Array, rotations: Array, support: Support, *, rows: bool = False
+) -> float | None:
+    """Of one complex trilinear gather and nothing else, in the order of the support or along rows; CPU only."""
     if setting.device != "cpu":
         return None
     real = grid.view(np.float32).reshape(*grid.shape, 2)
-    turned, coords = (rotations * PADDING).astype(np.float32), support.coords.astype(np.float32)
+    coords = support.coords[support_rows(support.box, support.r_max)[0]] if rows else support.coords
+    turned, coords = (rotations * PADDING).astype(np.float32), coords.astype(np.float32)
     out = np.empty((len(rotations), 2), np.float32)
     return setting.seconds(lambda: _gathers(real, turned, coords, out)) / (len(rotations) * len(support))
 

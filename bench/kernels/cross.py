@@ -58,7 +58,7 @@ def main() -> None:
             b = max(1, 10**6 // (n * m)) * (1 if setting.device == "cpu" else 40)
             grid = setting.put(random_grid(rng, support.r_max))
             given = tuple(map(setting.put, entries(rng, b, n, support)))
-            gather = gather_seconds(setting, grid, given[4], support)
+            gather = gather_seconds(setting, grid, given[4], support, rows=True)
             seen = float(given[1].mean())  # voxels without weight are skipped
             samples, crop = b * n * m * seen, 8 * b * n * (support.r_max + 1) * (2 * support.r_max + 1) ** 2
             for block in setting.blocks("cross"):

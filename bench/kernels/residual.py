@@ -58,7 +58,7 @@ def main() -> None:
             m, b = len(support), max(1, 10**6 // (POSES * len(support))) * (1 if setting.device == "cpu" else 40)
             grid = setting.put(random_grid(rng, support.r_max))
             spectra, weights, index, rotations, shifts, count = map(setting.put, particles(rng, b, POSES, support))
-            gather = gather_seconds(setting, grid, rotations.reshape(-1, 3, 3), support)
+            gather = gather_seconds(setting, grid, rotations.reshape(-1, 3, 3), support, rows=True)
             seen = float(weights.mean())  # voxels without weight are skipped
             samples = b * POSES * m * seen
             for block in setting.blocks("residual"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
-from faml_gpu.fourier import Support
+from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
 from faml_gpu.profile import tally
@@ -88,16 +88,17 @@ def _residual_cpu(
 ) -> Array:
     real = real_view(grid)
     out = np.zeros((*shifts.shape[:3], support.r_max + 1))
+    order, rows = support_rows(support.box, support.r_max)
     _residual_loop(
         real,
-        real_view(spectra),
-        weights,
+        real_view(np.take(spectra, order, axis=1)),
+        np.take(weights, order, axis=1),
         weight_index,
         rotations.astype(real.dtype) * real.dtype.type(padding),
         shifts,
         count,
-        support.coords,
-        support.shell_start,
+        rows,
+        np.take(support.shell, order),
         support.box,
         support.r_max,
         out,
@@ -147,23 +148,22 @@ def _residual_loop(
     rotations: Any,
     shifts: Any,
     count: Any,
-    coords: Any,
-    shell_start: Any,
+    rows: Any,
+    shell: Any,
     box: int,
     r_max: int,
     out: Any,
 ) -> None:
-    c = grid.shape[2] - 1
+    c, side = grid.shape[2] - 1, 2 * r_max + 1
     n, n_shifts = shifts.shape[1:3]
-    widest = np.diff(shell_start).max()
     real = type(rotations[0, 0, 0, 0])
     for task in numba.prange(rotations.shape[0] * n):
         b, i = task // n, task % n
         if i >= count[b]:
             continue
-        r = rotations[b, i]
+        r, sums = rotations[b, i], out[b, i]
         # exp(-2 pi i k t / N) per axis: xi is on the lattice, so the phase is a product of three table entries.
-        phase = np.empty((n_shifts, 3, 2 * r_max + 1, 2), grid.dtype)
+        phase = np.empty((n_shifts, 3, side, 2), grid.dtype)
         for q in range(n_shifts):
             for axis in range(3):
                 for k in range(-r_max, r_max + 1):
@@ -171,34 +171,31 @@ def _residual_loop(
                     phase[q, axis, k + r_max, 0] = np.cos(angle)
                     phase[q, axis, k + r_max, 1] = np.sin(angle)
         x_particle, w_particle = spectra[b], weights[weight_index[b]]
-        sample = np.empty((widest, 2), grid.dtype)
-        for s in range(1, r_max + 1):
-            start, stop = shell_start[s], shell_start[s + 1]
+        sample = np.empty((side, 2), grid.dtype)
+        for row in range(rows.shape[0]):
+            kx, ky, first, start, stop = rows[row]
+            x, y = real(kx), real(ky)
+            x0, y0, z0 = r[0, 0] * x + r[1, 0] * y, r[0, 1] * x + r[1, 1] * y, r[0, 2] * x + r[1, 2] * y
             for j in range(start, stop):
-                if w_particle[j] == 0:
+                if w_particle[U(j)] == 0:
                     continue
-                x, y, z = real(coords[j, 0]), real(coords[j, 1]), real(coords[j, 2])
-                sample[j - start] = sample_complex(
-                    grid,
-                    c,
-                    r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
-                    r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
-                    r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
+                z, u = real(np.int32(first + (j - start))), U(j - start)
+                sample[u, R], sample[u, I] = sample_complex(
+                    grid, c, x0 + r[2, 0] * z, y0 + r[2, 1] * z, z0 + r[2, 2] * z
                 )
             for q in range(n_shifts):
-                total = 0.0
+                px, py, along, of_shells = phase[q, 0, kx + r_max], phase[q, 1, ky + r_max], phase[q, 2], sums[q]
+                qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
                 for j in range(start, stop):
-                    w = w_particle[j]
+                    w = w_particle[U(j)]
                     if w == 0:
                         continue
-                    re, im = sample[j - start, 0], sample[j - start, 1]
-                    kx, ky, kz = U(coords[j, 0] + r_max), U(coords[j, 1] + r_max), U(coords[j, 2] + r_max)
-                    ax, bx = phase[q, U(0), kx, R], phase[q, U(0), kx, I]
-                    ay, by = phase[q, U(1), ky, R], phase[q, U(1), ky, I]
-                    az, bz = phase[q, U(2), kz, R], phase[q, U(2), kz, I]
-                    axy, bxy = ax * ay - bx * by, ax * by + bx * ay
-                    pr, pi = axy * az - bxy * bz, axy * bz + bxy * az
-                    dr = w * (x_particle[j, 0] - (re * pr - im * pi))
-                    di = w * (x_particle[j, 1] - (re * pi + im * pr))
-                    total += dr * dr + di * di
-                out[b, i, q, s] = 2 * total
+                    u, uz = U(j - start), U(first + (j - start) + r_max)
+                    re, im, zr, zi = sample[u, R], sample[u, I], along[uz, R], along[uz, I]
+                    pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
+                    dr = w * (x_particle[U(j), R] - (re * pr - im * pi))
+                    di = w * (x_particle[U(j), I] - (re * pi + im * pr))
+                    of_shells[U(shell[U(j)])] += dr * dr + di * di
+        for q in range(n_shifts):
+            for s in range(r_max + 1):
+                sums[q, s] *= 2
