@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import numba
 import numpy as np
 
-from faml_gpu.array_backend import Array, device_of, fft_module, namespace, on_host
+from faml_gpu.array_backend import Array, device_of, fft_module, namespace, on_host, twin
 from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.profile import tally
 from faml_gpu.threads import map_threads
@@ -72,6 +73,39 @@ def interpolate(table: Array, index: Array, rotations: Array) -> Array:
 
     Trilinear in the angles. Beyond the first and last beta, (alpha, -beta, gamma) is (alpha + pi, beta, gamma + pi).
     """
+    return twin(_interpolate_cpu, _interpolate_cuda, table)(table, index, rotations)
+
+
+def _interpolate_cpu(table: Array, index: Array, rotations: Array) -> Array:
+    out = np.empty(len(rotations))
+    _interpolate_loop(table, index, rotations, out)
+    return out
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _interpolate_loop(table: Any, index: Any, rotations: Any, out: Any) -> None:
+    n = table.shape[1]
+    for i in numba.prange(len(rotations)):
+        r, of = rotations[i], table[index[i]]
+        sine = np.sqrt(r[0, 2] ** 2 + r[1, 2] ** 2)
+        if sine < 1e-9:  # where only alpha +- gamma is defined: all of it goes into alpha
+            alpha, gamma = np.arctan2(-r[0, 1], r[1, 1]), 0.0
+        else:
+            alpha, gamma = np.arctan2(r[1, 2], r[0, 2]), np.arctan2(r[2, 1], -r[2, 0])
+        x, y, z = np.arctan2(sine, r[2, 2]) * n / np.pi - 0.5, gamma * n / (2 * np.pi), alpha * n / (2 * np.pi)
+        row, column, depth = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+        total = 0.0
+        for a in range(2):
+            beyond = row + a < 0 or row + a >= n
+            half, j = n // 2 if beyond else 0, min(max(row + a, 0), n - 1)
+            for b in range(2):
+                for c in range(2):
+                    weight = abs(1 - a - (x - row)) * abs(1 - b - (y - column)) * abs(1 - c - (z - depth))
+                    total += weight * of[j, (column + b + half) % n, (depth + c + half) % n]
+        out[i] = total
+
+
+def _interpolate_cuda(table: Array, index: Array, rotations: Array) -> Array:
     xp = namespace(table)
     n = table.shape[1]
     sine = xp.sqrt(rotations[:, 0, 2] ** 2 + rotations[:, 1, 2] ** 2)

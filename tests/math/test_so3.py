@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from scipy.linalg import expm
+from scipy.ndimage import map_coordinates
 
 from faml_gpu import fourier, ops
 from faml_gpu.fast_alignment import shift_window
 from faml_gpu.fast_alignment.align import Observation, align, make_reference, normalised_scores
 from faml_gpu.fast_alignment.harmonics import shell_harmonics
-from faml_gpu.fast_alignment.so3 import correlate, grid_angles
+from faml_gpu.fast_alignment.so3 import correlate, grid_angles, interpolate
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
 
 
@@ -235,3 +236,31 @@ def test_align_finds_pose_and_shift(case, oracles):
     valid = np.arange(20) < found.count[:, None]
     assert np.abs(found.gain - gain)[valid].max() < 0.05 * gain.max()
     assert np.median(np.abs(found.gain - gain)[valid]) < 0.02 * gain.max()
+
+
+@pytest.mark.parametrize("where", ["numpy", "emulated"])
+def test_between_the_points_of_the_grid(where, rng, request):
+    """Trilinear in the angles, around all three circles: beyond a pole (alpha, -beta, gamma) is (alpha + pi, beta,
+    gamma + pi)."""
+    n = 8
+    table, index = rng.random((3, n, n, n)).astype(np.float32), rng.integers(0, 3, 300)
+    alpha, gamma = rng.uniform(-np.pi, np.pi, (2, 300))
+    beta = np.concatenate([rng.uniform(0, np.pi, 200), rng.uniform(0, 0.2, 50), np.pi - rng.uniform(0, 0.2, 50)])
+    beta[200], gamma[200] = 0, 0  # at the pole itself, all of the turn in alpha
+    around = np.roll(table, (n // 2, n // 2), axis=(2, 3))  # (alpha + pi, beta, gamma + pi)
+    whole = np.concatenate([around[:, :1], table, around[:, -1:]], axis=1)
+    place = np.stack([beta * n / np.pi - 0.5 + 1, gamma * n / (2 * np.pi), alpha * n / (2 * np.pi)])
+    wrapped = np.pad(whole, ((0, 0), (0, 0), (n, n), (n, n)), mode="wrap")
+    place[1:] += n
+    expected = np.array(
+        [map_coordinates(wrapped[k], p[:, None], order=1)[0] for k, p in zip(index, place.T, strict=True)]
+    )
+    given = table, index, euler_to_matrix(np.stack([alpha, beta, gamma], axis=1))
+    if where == "emulated":
+        request.getfixturevalue("emulated_gpu")
+        import cupy
+
+        found = interpolate(*map(cupy.asarray, given)).get()
+    else:
+        found = interpolate(*given)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
