@@ -139,17 +139,23 @@ def make_support(box: int, r_max: int) -> Support:
     return Support(box, r_max, coords, shell, start, index)
 
 
-@lru_cache(maxsize=8)
-def support_rows(box: int, r_max: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The voxels of `make_support` along kz: their order (M,), and rows (n, 5) of kx, ky, first kz, start and stop.
+def support_rows(support: Support) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The voxels of a support along kz: their order (M,), and rows (n, 5) of kx, ky, first kz, start and stop; kept.
 
     Neighbours in a row are neighbours in every volume they are turned into; those in a shell are all over it.
     """
+    return _rows(support.box, support.r_max, len(support))
+
+
+@lru_cache(maxsize=8)
+def _rows(box: int, r_max: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     coords = make_support(box, r_max).coords
+    if len(coords) != m:  # `within` has all of the shell r_max, also what of it lies beyond the radius
+        coords = make_support(box, r_max + 1).coords[:m]
     order = np.lexsort(coords.T[::-1])  # by x, then y, then z: within a row kz goes up in steps of 1
     x, y, z = coords[order].T
     start = np.nonzero(np.diff(x, prepend=-1) | np.diff(y, prepend=y[0] - 1))[0]
-    rows = np.stack([x[start], y[start], z[start], start, np.append(start[1:], len(order))], axis=1)
+    rows = np.stack([x[start], y[start], z[start], start, np.append(start[1:], m)], axis=1)
     return order, np.ascontiguousarray(rows, np.int32)
 
 

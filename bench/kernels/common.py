@@ -134,7 +134,7 @@ def gather_seconds(
     if setting.device != "cpu":
         return None
     real = grid.view(np.float32).reshape(*grid.shape, 2)
-    coords = support.coords[support_rows(support.box, support.r_max)[0]] if rows else support.coords
+    coords = support.coords[support_rows(support)[0]] if rows else support.coords
     turned, coords = (rotations * PADDING).astype(np.float32), coords.astype(np.float32)
     out = np.empty((len(rotations), 2), np.float32)
     return setting.seconds(lambda: _gathers(real, turned, coords, out)) / (len(rotations) * len(support))

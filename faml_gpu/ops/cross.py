@@ -88,7 +88,7 @@ def _cross_cpu(
 ) -> tuple[Array, Array]:
     real, side = real_view(grid), 2 * support.r_max + 1
     crops, power = np.empty((len(particle), support.r_max + 1, side, side), grid.dtype), np.zeros(len(particle))
-    order, rows = support_rows(support.box, support.r_max)
+    order, rows = support_rows(support)
     _cross_loop(
         real,
         real_view(np.take(spectra, order, axis=1)),

@@ -88,7 +88,7 @@ def _residual_cpu(
 ) -> Array:
     real = real_view(grid)
     out = np.zeros((*shifts.shape[:3], support.r_max + 1))
-    order, rows = support_rows(support.box, support.r_max)
+    order, rows = support_rows(support)
     _residual_loop(
         real,
         real_view(np.take(spectra, order, axis=1)),

@@ -162,3 +162,17 @@ def test_weight_grid_is_the_centred_weight(box, r_max, rng, oracles):
     assert grid.shape == (2 * r_max + 3,) * 3
     points, _ = oracles.ball(r_max)
     np.testing.assert_array_equal(oracles.at(grid, points), oracles.at(cube, points))
+
+
+@pytest.mark.parametrize(("box", "r_max", "inner"), [(12, 5, None), (13, 6, 4), (16, 7, 5), (9, 4, 3)])
+def test_rows_hold_each_voxel_once(box, r_max, inner):
+    support = fourier.make_support(box, r_max)
+    support = support if inner is None else support.within(inner)
+    assert inner is None or len(support) > len(fourier.make_support(box, inner))  # of its last shell all
+    order, rows = fourier.support_rows(support)
+    assert sorted(order) == list(range(len(support)))
+    found = [(kx, ky, first + j - start, order[j]) for kx, ky, first, start, stop in rows for j in range(start, stop)]
+    assert len(found) == len(support)
+    for *voxel, j in found:
+        np.testing.assert_array_equal(support.coords[j], voxel)
+    assert len({(kx, ky) for kx, ky, *_ in rows}) == len(rows)
