@@ -171,7 +171,8 @@ def iterate(
     parts, name = plan.parts(len(particles)), f"iteration {state.iteration + 1}"
     size = plan.options.n_classes, len(whole.output), whole.r_max
     so_far = Unfinished.of(checkpoint, size, n_curves=len(groups), parts=len(parts), device=plan.device)
-    clock, beside = Clock(plan.device, so_far.seconds), Clock(plan.device)
+    clock = Clock(plan.device, so_far.seconds)
+    beside = Clock(plan.device)  # of batches that are worked on at the same time
     if on_begin is not None:
         on_begin(so_far)
     if not whole.joint:
@@ -213,7 +214,7 @@ def iterate(
         with beside("rotate back"):
             return posterior, band.accumulate(posterior, observation, batch, spectra)
 
-    so_far.close_part(parts)
+    so_far.close_part(parts)  # it may have been left at the end of one
     with Ahead(particles, plan.device) as ahead:
         for posterior, sums in plan.over_batches(ahead, e_step, beside, progress, name, parts, so_far.done):
             so_far.add(posterior, sums)

@@ -45,7 +45,7 @@ def residual(
     weight_index : (B,) int64
     rotations : (B, n, 3, 3) float64
     shifts : (B, n, 3) or (B, n, k, 3) float64, voxels
-        k shifts of each rotation: on the CPU they share its samples.
+        k shifts of each rotation, which share its samples.
     count : (B,) int64
         Particle b has the poses [: count[b]]; the rest is left 0.
     support : Support
