@@ -31,7 +31,7 @@ from faml_gpu import ops, voronoi
 from faml_gpu.array_backend import Array
 from faml_gpu.data import State
 from faml_gpu.expectation import BatchPosterior, expectation
-from faml_gpu.fast_alignment import Candidates, Observation, Reference, joint
+from faml_gpu.fast_alignment import Candidates, Observation, Reference, joint, marginal
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.maximization import direct_average
 from faml_gpu.options import Options, Preset
@@ -82,7 +82,7 @@ def grid(
     found: list[Candidates] = []
     volumes = []
     for r in references:
-        reference = joint.make_joint_reference(r.grid, r.padding, band.r_max, r.bandwidth)
+        reference = marginal.make_joint_reference(r.grid, r.padding, band.r_max, r.bandwidth)
         [(c, v)] = joint.integrate(
             observation, [reference], band.precision,
             max_shift=band.plan.max_shift, zeta=band.state.zeta, n_candidates=n, n_shifts=n_shifts,
@@ -246,7 +246,7 @@ def main() -> None:
                     )
     args.output.mkdir(parents=True, exist_ok=True)
     about = {
-        "box": BOX, "r_max": R_MAX, "L": L, "coarse_r": joint.COARSE_R, "coarse_L": joint.COARSE_L, "padding": 2,
+        "box": BOX, "r_max": R_MAX, "L": L, "coarse_r": marginal.COARSE_R, "coarse_L": marginal.COARSE_L, "padding": 2,
         "candidates": {"magnitude": 50, "joint": [50, 200, 10], "converged": N_FINER},
         "threads": threads, "seed": args.seed,
         "machine": f"{platform.machine()} {os.cpu_count()} cores",

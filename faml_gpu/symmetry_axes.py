@@ -11,8 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from faml_gpu import fourier, ops
 from faml_gpu.fast_alignment import make_reference
+from faml_gpu.fast_alignment.cells import all_cells, cell_rotations, cell_width
 from faml_gpu.fast_alignment.harmonics import shell_harmonics
-from faml_gpu.fast_alignment.joint import all_cells, cell_rotations, cell_width
 from faml_gpu.fast_alignment.so3 import correlate, interpolate
 from faml_gpu.fourier import Support
 

@@ -17,7 +17,8 @@ from faml_gpu.fast_alignment.align import (
     unseen_harmonics,
     weight_harmonics,
 )
-from faml_gpu.fast_alignment.joint import JointReference, integrate, make_joint_reference, make_tables
+from faml_gpu.fast_alignment.joint import integrate, make_tables
+from faml_gpu.fast_alignment.marginal import JointReference, make_joint_reference
 from faml_gpu.fast_alignment.refine import carry_over, refine
 from faml_gpu.fast_alignment.translations import ShiftWindow, shift_window
 

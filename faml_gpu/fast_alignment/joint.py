@@ -19,47 +19,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from faml_gpu import ops
 from faml_gpu.array_backend import Array, device_of, namespace, step, to_device, to_host, working_bytes
-from faml_gpu.fast_alignment.align import (
-    Candidates,
-    Observation,
-    Reference,
-    screen_band,
-)
-from faml_gpu.fast_alignment.harmonics import sphere_grid
-from faml_gpu.fast_alignment.so3 import grid_angles, interpolate
+from faml_gpu.fast_alignment import marginal
+from faml_gpu.fast_alignment.align import Candidates, Observation, screen_band
+from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
+from faml_gpu.fast_alignment.marginal import JointReference, coarse_shifts, cube, log_marginal
+from faml_gpu.fast_alignment.so3 import interpolate
 from faml_gpu.fast_alignment.thinning import thinned
 from faml_gpu.fast_alignment.translations import ShiftWindow
-from faml_gpu.fast_alignment.wigner import small_d_table
-from faml_gpu.fourier import Support, make_support
-from faml_gpu.profile import tally
+from faml_gpu.fourier import Support
 from faml_gpu.symmetry import point_group, unit_share
 from faml_gpu.threads import Once, map_threads
 
-__all__ = [
-    "JointReference",
-    "all_cells",
-    "cell_children",
-    "cell_rotations",
-    "cell_width",
-    "forget_tables",
-    "integrate",
-    "log_marginal",
-    "make_joint_reference",
-    "make_tables",
-    "quadrature",
-    "shift_grid",
-]
+__all__ = ["forget_tables", "integrate", "make_tables"]
 
-COARSE_R, COARSE_L = 10, 12  # largest band and bandwidth of the search over all rotations
-PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to be linear over a whole one
-COARSE_STEP, FINE_STEP = 2.5, 5.0  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
+FINE_STEP = 5.0  # shifts in units of N / r, as `COARSE_STEP`
 FINE_OF_PRIOR = 1.5  # shifts in standard deviations of the prior: the sum over them is off by 2 exp(-2 (pi / 1.5)^2)
 REACH = 4.0  # standard deviations of the prior beyond which no shift is looked at
 SELECTED = 96  # cells scored from the voxels; half of them the heaviest, others drawn where many more hold mass
@@ -67,367 +46,25 @@ SCREEN_STEPS = 2  # of the lattice of shifts there to either side of the best, w
 SCREENED_KIN = 8  # cells close together are told apart by the inner shells only where these have so much less voxels
 FOREMOST = 4  # cells of a class that cannot matter are scored at the whole band all the same
 SPLIT = 8  # at most so many of them are split in eight, in each round
-FINEST = (
-    52.0  # degrees, over r_max: as wide as the finest cells may be; within 0.35 boxes two radians of phase at r_max
-)
+FINEST = 52.0  # degrees over r_max, as wide as the finest cells may be: two radians of phase there within 0.35 boxes
 ROUNDS = 3  # at least, of splitting
 SPREAD = 24.0  # effective number of cells from which on a posterior counts as resolved
 LOCAL_REACH = 3  # points of a finer lattice to either side of the best shift
-TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
 MASS = 0.99  # of the posterior, held by the candidates
 OUTSIDE = 1e-6  # what a pose beyond the widened asymmetric unit counts for: its copy inside has the mass
 
 
-@dataclass(frozen=True)
-class JointReference(Reference):
-    """A class average ready for `integrate`; what magnitudes need is left empty.
-
-    phases (P, 2L, S) complex64: conj q_lm'(r) for each pair (m, l) and m' in FFT order, of A;
-    powers: the same of |A|^2 less the unseen power. coarse_r: band of these.
-    """
-
-    phases: Array
-    powers: Array
-    coarse_r: int
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs 0 <= m <= l < L: those of even l first, then those of odd l."""
-
-    m: NDArray[np.int64]
-    l: NDArray[np.int64]
-    n_even: int
-
-
-@lru_cache(maxsize=8)
-def _pairs(bandwidth: int) -> Pairs:
-    m, l = np.nonzero(np.arange(bandwidth)[:, None] <= np.arange(bandwidth))
-    order = np.argsort(l % 2, kind="stable")
-    return Pairs(m[order], l[order], int((l % 2 == 0).sum()))
-
-
-@dataclass(frozen=True)
-class PhaseHarmonics:
-    """Harmonics of complex functions at the voxels |xi| <= r of a support.
-
-    f(-xi) = conj f(xi), and Y_lm(-n) = (-1)^l Y_lm(n): even degrees come from Re f, odd ones from i Im f. The i is left
-    out, on both sides of a correlation it cancels. So P_lm = 2 sum over half the voxels of (Re f or Im f) conj Y_lm are
-    the coefficients of real functions, and half the tables do.
-
-    order (M',): the voxels, sorted by radius, as indices into the support. tables: per bin of radii the slice of
-    `order`, and for even and odd degrees the rows (to the shell below: Re, Im; to the shell above: Re, Im) of
-    conj Y_lm, times how far the voxel belongs there.
-    """
-
-    bandwidth: int
-    n_shells: int
-    order: Array
-    tables: tuple[tuple[int, int, Array, Array], ...]
-
-    def coefficients(self, values: Array) -> Array:
-        """P_lm(r), (S, P, n) complex64, of n functions (M', n) complex64 at the voxels `order`."""
-        xp = namespace(values)
-        pairs = _pairs(self.bandwidth)
-        n_even, n_odd, n = pairs.n_even, len(pairs.m) - pairs.n_even, values.shape[1]
-        out = xp.zeros((self.n_shells + 1, 2, len(pairs.m), n), np.float32)
-        for s, (start, stop, even, odd) in enumerate(self.tables):
-            for rows, table, part in (
-                (slice(0, n_even), even, values[start:stop].real),
-                (slice(n_even, n_even + n_odd), odd, values[start:stop].imag),
-            ):
-                sums = (table @ xp.ascontiguousarray(part)).reshape(2, 2, -1, n)
-                tally(table, part, sums, flops=2 * sums.size * len(part))
-                out[s, :, rows] += sums[0]
-                out[s + 1, :, rows] += sums[1]
-        out = out[: self.n_shells]
-        return 2 * (out[:, 0] + 1j * out[:, 1])
-
-
-def _inside(box: int, r_max: int, r: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The voxels |xi| <= r of a support, by radius, as indices into it; and their radii."""
-    radius = np.sqrt((make_support(box, r_max).coords.astype(np.float64) ** 2).sum(axis=1))
-    inside = np.nonzero(radius <= r)[0]
-    order = inside[np.argsort(radius[inside], kind="stable")]
-    return order, radius[order]
-
-
-@partial(Once, keep=1)  # as in `harmonics`
-def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) -> PhaseHarmonics:
-    coords = make_support(box, r_max).coords
-    order, radius = _inside(box, r_max, r)
-    position = (radius - 1) * PER_VOXEL
-    lower = np.floor(position).astype(np.int64)
-    n_shells = PER_VOXEL * (r - 1) + 1
-    pairs, bins = _pairs(bandwidth), np.searchsorted(lower, np.arange(n_shells + 1))
-    tables = []
-    for s in range(n_shells):
-        start, stop = int(bins[s]), int(bins[s + 1])
-        directions = np.ascontiguousarray(coords[order[start:stop]], np.float64)
-        table = ops.harmonics(directions, bandwidth, even=False)[:, :, pairs.m, pairs.l]  # (voxels, 2, P)
-        upper = (position[start:stop] - s).astype(np.float32)[:, None, None, None]
-        both = np.concatenate([(1 - upper) * table[:, None], upper * table[:, None]], axis=1)
-        rows = (both[..., : pairs.n_even], both[..., pairs.n_even :])
-        even, odd = (np.ascontiguousarray(part.reshape(stop - start, -1).T) for part in rows)
-        tables.append((start, stop, to_device(even, device), to_device(odd, device)))
-    return PhaseHarmonics(bandwidth, n_shells, to_device(order, device), tuple(tables))
-
-
-@partial(Once, keep=4)
-def _d_table(bandwidth: int, device: str) -> Array:
-    """d^l_mm'(beta_j), (2L, L + 1, 2L, L) float32, axes [m' in FFT order, m, j, l]; the Nyquist lines are 0."""
-    narrow = to_host(small_d_table(bandwidth, 2 * bandwidth, even=False, device="cpu")).transpose(1, 0, 2, 3)
-    table = np.zeros((2 * bandwidth, bandwidth + 1, 2 * bandwidth, bandwidth), np.float32)
-    table[:bandwidth, :bandwidth] = narrow[bandwidth - 1 :]
-    table[bandwidth + 1 :, :bandwidth] = narrow[: bandwidth - 1]
-    return to_device(table, device)
-
-
 def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
-    for cached in (_phase_harmonics, _d_table, _turns, _first_cells, _lattice_phases):
-        cached.cache_clear()
+    marginal.forget_tables()
+    _first_cells.cache_clear()
 
 
 def make_tables(support: Support, reference: JointReference, symmetry: str, max_shift: float, zeta: float) -> None:
     """The tables that `integrate` keeps, made before several threads at once find that there are none."""
-    device, bandwidth = device_of(reference.phases), reference.bandwidth
-    _phase_harmonics(support.box, support.r_max, reference.coarse_r, bandwidth, device)
-    _d_table(bandwidth, device)
-    _turns(bandwidth, device)
-    _first_cells(bandwidth, _first_level(bandwidth), symmetry, device)
-    shifts = _coarse_shifts(support.box, reference, min(max_shift, REACH * zeta))
-    _lattice_phases(support.box, support.r_max, reference.coarse_r, shifts.tobytes(), device)
-
-
-def _coarse_shifts(box: int, reference: JointReference, radius: float) -> NDArray[np.float64]:
-    return shift_grid(radius, box / (COARSE_STEP * reference.coarse_r))
-
-
-def make_joint_reference(
-    grid: Array, padding: int, r_max: int, bandwidth: int, unseen: Array | None = None
-) -> JointReference:
-    """Harmonic coefficients of A and |A|^2 on shells half a Fourier voxel apart, up to the coarse band.
-
-    unseen: `fourier.weight_grid` of the power that is still unseen; it is taken off |A|^2 (see `UnseenGain`).
-    """
-    xp = namespace(grid)
-    r, bandwidth = min(r_max, COARSE_R), min(bandwidth, COARSE_L)
-    sphere = sphere_grid(bandwidth, even=False, device=device_of(grid))
-    n_shells = PER_VOXEL * (r - 1) + 1
-    radii = 1 + xp.arange(n_shells, dtype=np.float64) / PER_VOXEL
-    points = (radii[:, None, None] * sphere.directions).reshape(-1, 3)
-    values = ops.rotate(grid, xp.eye(3)[None], points, padding)[0].reshape(n_shells, -1)
-    power = abs(values) ** 2
-    if unseen is not None:
-        power -= ops.rotate(unseen.astype(np.complex64), xp.eye(3)[None], points, 1)[0].real.reshape(n_shells, -1)
-    even = (xp.arange(bandwidth) % 2 == 0)[None, None, :]
-
-    def all_m(coefficients: Array) -> Array:
-        """conj q_lm' as (P, 2L, S), by c_l,-m = (-1)^m conj c_lm."""
-        out = xp.zeros((bandwidth, 2 * bandwidth, n_shells), np.complex64)  # [l, m', s]
-        conjugate = coefficients.transpose(2, 1, 0).conj()
-        out[:, :bandwidth] = conjugate
-        sign = (1 - 2 * (xp.arange(bandwidth - 1, 0, -1) % 2)).astype(np.float32)[:, None]
-        out[:, bandwidth + 1 :] = sign * conjugate[:, :0:-1].conj()
-        return xp.ascontiguousarray(out[xp.asarray(_pairs(bandwidth).l)])
-
-    phases = xp.where(even, sphere.coefficients(values.real), sphere.coefficients(values.imag))
-    powers = xp.where(even, sphere.coefficients(power), 0)
-    empty = xp.zeros(0, np.complex64)
-    return JointReference(grid, padding, bandwidth, empty, empty, all_m(phases), all_m(powers), r)
-
-
-def quadrature(bandwidth: int) -> NDArray[np.float64]:
-    """Weights (2L,) of the rows beta_j of the Euler grid, for the invariant measure; 4 L^2 times their sum is 1.
-
-    Fejer's first rule: exact for polynomials in cos(beta) up to degree 2L - 1, so with the sums over alpha and gamma
-    for all D^l_mm' with l < 2L.
-    """
-    n = 2 * bandwidth
-    beta, _ = grid_angles(bandwidth)
-    k = np.arange(1, bandwidth + 1)
-    weights = (1 - 2 * (np.cos(2 * k * beta[:, None]) / (4 * k**2 - 1)).sum(axis=1)) / n
-    return np.asarray(weights / n**2)
-
-
-def shift_grid(radius: float, spacing: float) -> NDArray[np.float64]:
-    """Shifts (T, 3) on a cubic lattice about 0 within `radius`, voxels."""
-    reach = int(np.floor(radius / spacing))
-    line = spacing * np.arange(-reach, reach + 1)
-    points = _cube(line)
-    return np.asarray(points[(points**2).sum(axis=1) <= radius**2])
-
-
-def _cube(line: Array) -> Array:
-    """The points (T^3, 3) of a lattice whose coordinates along each axis are those of `line` (T,), x slowest."""
-    xp = namespace(line)
-    return xp.stack(xp.meshgrid(line, line, line, indexing="ij"), axis=-1).reshape(-1, 3)
-
-
-def log_marginal(
-    observation: Observation,
-    references: Sequence[JointReference],
-    precision: Array,
-    shifts: NDArray[np.float64],
-    zeta: float,
-) -> list[Array]:
-    """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid, for each class.
-
-    c0 = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA], c1^2 = sum w^2 / sigma^2 |RA|^2, both over the voxels
-    |xi| <= `coarse_r` of the references, by harmonics: they select, the voxels decide. Shifts stream by a few at a
-    time; what is 87 nats below the best of a particle is not told apart.
-
-    Parameters
-    ----------
-    observation
-    references : K of JointReference
-    precision : (M,) float32
-        1 / sigma^2 of each voxel's shell.
-    shifts : (T, 3) float64, voxels
-    zeta : float, voxels
-
-    Returns
-    -------
-    K of (2L, 2L, 2L, B) float32
-        Axes [gamma, alpha, beta, particle] at `so3.grid_angles(L)`.
-    """
-    xp, support, l_max = namespace(observation.spectra), observation.support, references[0].bandwidth
-    device, n = device_of(observation.spectra), 2 * l_max
-    harmonics = _phase_harmonics(support.box, support.r_max, references[0].coarse_r, l_max, device)
-    phases = _lattice_phases(support.box, support.r_max, references[0].coarse_r, shifts.tobytes(), device)
-    squared = (observation.weights**2 * precision)[:, harmonics.order]
-    of_weights = harmonics.coefficients(squared.T.astype(np.complex64))
-    base = [-0.5 * _place(of_weights, reference.powers, l_max) for reference in references]
-    weighted = (squared[observation.weight_index] * observation.spectra[:, harmonics.order]).T  # (M', B)
-    b, m = weighted.shape[1], len(weighted)
-    out = [xp.empty((n, n, n, b), np.float32) for _ in references]
-    # Per function: its values, coefficients, T, d T and the correlation. Few at a time stay in a CPU's caches.
-    at_once = max(1, working_bytes(weighted) // (32 * (8 * m + 24 * n**3)))
-    for first in range(0, b, at_once):
-        part = weighted[:, first : first + at_once]
-        width, index = part.shape[1], observation.weight_index[first : first + at_once]
-        sums = [xp.zeros((n**3, width), np.float32) for _ in references]
-        highest = [xp.full(width, -np.inf, np.float32) for _ in references]
-        taken = max(1, at_once // width)
-        several = taken * max(1, TRANSFORMED // (taken * width))
-        for t in range(0, len(shifts), taken):
-            if t % several == 0:
-                moved = phases[:, t : t + several, None] * part[:, None, :]
-                functions = harmonics.coefficients(moved.reshape(m, -1))
-            some, column = shifts[t : t + taken], t % several * width
-            prior = xp.asarray(((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32))
-            # Sums over the shifts, of each particle, as a product: a few columns are slow to add up.
-            over_shifts = xp.tile(xp.eye(width, dtype=np.float32), (len(some), 1))
-            for k, reference in enumerate(references):
-                terms = _place(functions[:, :, column : column + len(some) * width], reference.phases, l_max)
-                terms = terms.reshape(*terms.shape[:3], len(some), width) + base[k][..., index][..., None, :]
-                terms[0, 0, 0] -= prior[:, None]  # a constant is the term l = 0
-                scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max)
-                per_beta = scores.reshape(n * n, -1).max(axis=0).reshape(-1, width)
-                top = xp.maximum(highest[k], per_beta.max(axis=0))
-                sums[k] *= xp.exp(highest[k] - top)
-                scores -= xp.tile(top, len(some))
-                sums[k] += xp.exp(scores, out=scores).reshape(n**3, -1) @ over_shifts
-                highest[k] = top
-        for found, total, top in zip(out, sums, highest, strict=True):
-            total = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top
-            found[..., first : first + at_once] = total.reshape(n, n, n, width)
-    return out
-
-
-@partial(Once, keep=1)
-def _lattice_phases(box: int, r_max: int, r: int, shifts: bytes, device: str) -> Array:
-    """exp(2 pi i xi.t / N), (M', T) complex64, at the voxels of `_phase_harmonics`: of every particle the same."""
-    points = np.frombuffer(shifts).reshape(-1, 3)
-    coords = make_support(box, r_max).coords[_inside(box, r_max, r)[0]].astype(np.float64)
-    return to_device(np.exp((2j * np.pi / box) * (coords @ points.T)).astype(np.complex64), device)
-
-
-def _place(p: Array, q: Array, bandwidth: int) -> Array:
-    """T^l_mm' = sum_r P_lm conj Q_lm' of (S, P, n) and (P, 2L, S): (2L, L + 1, L, n) complex64, axes [m', m, l]."""
-    xp = namespace(p)
-    pairs = _pairs(bandwidth)
-    t = q @ xp.ascontiguousarray(p.transpose(1, 0, 2))
-    tally(p, q, t, flops=8 * t.size * len(p))
-    out = xp.zeros((2 * bandwidth, bandwidth + 1, bandwidth, p.shape[2]), np.complex64)
-    out[:, xp.asarray(pairs.m), xp.asarray(pairs.l)] = t.transpose(1, 0, 2)
-    return out
-
-
-def _synthesis(t: Array, bandwidth: int) -> Array:
-    """sum_lmm' T^l_mm' d^l_mm'(beta) exp(i m alpha) exp(i m' gamma): (2L, 2L, 2L, n) float32 [gamma, alpha, beta]."""
-    # d is real: the complex T goes through one real GEMM with (function, Re/Im) as columns.
-    spectrum = (_d_table(bandwidth, device_of(t)) @ t.view(np.float32)).view(np.complex64)
-    n, xp = 2 * bandwidth, namespace(t)
-    # Lines so short are transformed faster by a matrix than by an FFT.
-    about_gamma, about_alpha = _turns(bandwidth, device_of(t))
-    turned = (about_gamma @ spectrum.reshape(n, -1)).reshape(n, bandwidth + 1, -1)
-    out = about_alpha @ xp.concatenate([turned.real, turned.imag], axis=1)
-    tally(t, spectrum, turned, out, flops=spectrum.size * (4 * bandwidth + 8 * n) + out.size * 4 * (bandwidth + 1))
-    return out.reshape(n, n, n, -1)
-
-
-@partial(Once, keep=4)
-def _turns(bandwidth: int, device: str) -> tuple[Array, Array]:
-    """exp(i m' gamma), (2L, 2L) complex64, m' in FFT order; and (2L, 2L + 2) float32, what Re and Im of m >= 0 give."""
-    n = 2 * bandwidth
-    steps, m = np.arange(n), np.arange(bandwidth + 1)
-    gamma = np.exp(2j * np.pi / n * np.outer(steps, np.where(steps < bandwidth, steps, steps - n)))
-    # Each m > 0 stands for -m too; the Nyquist line is 0.
-    alpha = np.exp(2j * np.pi / n * np.outer(steps, m)) * np.where(m == 0, 1, 2)
-    parts = np.concatenate([alpha.real, -alpha.imag], axis=1)
-    return to_device(gamma.astype(np.complex64), device), to_device(parts.astype(np.float32), device)
-
-
-def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:
-    """Centres (..., 3, 3) of cells of SO(3) that all have the same volume at a level, 1 / (72 * 8^level).
-
-    Directions (alpha, beta) are pixels of the HEALPix sphere (Gorski et al. 2005, nested order), 12 * 4^level of equal
-    area; gamma has 6 * 2^level steps.
-    """
-    xp = namespace(pixel)
-    side = 2.0**level
-    face = pixel >> (2 * level)
-    inside = pixel - (face << (2 * level))
-    x, y = xp.zeros_like(pixel), xp.zeros_like(pixel)
-    for bit in range(16):
-        x += ((inside >> (2 * bit)) & 1) << bit
-        y += ((inside >> (2 * bit + 1)) & 1) << bit
-    u, v = (x + 0.5) / side, (y + 0.5) / side
-    row = face // 4
-    ring = 2.0 + row - u - v  # 0 at the north pole, 4 at the south pole
-    polar = xp.where(ring < 1, ring, xp.where(ring > 3, 4 - ring, 1.0))
-    cap = 1 - polar**2 / 3
-    cosine = xp.where(ring < 1, cap, xp.where(ring > 3, -cap, (2 - ring) * 2 / 3))
-    longitude = 2 * (face % 4) + xp.where(row == 1, 0, 1)
-    aside = np.pi / 4 * (u - v) / polar
-    alpha = np.pi / 4 * longitude + aside
-    # Carried along in parallel: near a pole neighbours differ much in alpha, and gamma has to make up for it. The
-    # volume stays, cells stay compact.
-    gamma = 2 * np.pi * (turn + 0.5) / (6 * side) - aside * cosine
-    sine = xp.sqrt(1 - cosine**2)
-    ca, sa, cc, sc = xp.cos(alpha), xp.sin(alpha), xp.cos(gamma), xp.sin(gamma)
-    flat = [
-        ca * cosine * cc - sa * sc, -ca * cosine * sc - sa * cc, ca * sine,
-        sa * cosine * cc + ca * sc, -sa * cosine * sc + ca * cc, sa * sine,
-        -sine * cc, sine * sc, cosine,
-    ]  # fmt: skip
-    return xp.stack(flat, axis=-1).reshape(*pixel.shape, 3, 3)
-
-
-def all_cells(level: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Level, pixel and turn of every cell of a level, (72 * 8^level,) each."""
-    side = 2**level
-    pixel, turn = np.repeat(np.arange(12 * side**2), 6 * side), np.tile(np.arange(6 * side), 12 * side**2)
-    return np.full(len(pixel), level), pixel, turn
-
-
-def cell_children(level: Array, pixel: Array, turn: Array) -> tuple[Array, Array, Array]:
-    """The eight cells (..., 8) of the next level that make up a cell."""
-    xp = namespace(pixel)
-    k = xp.arange(8)
-    return (level + 1)[..., None] + 0 * k, 4 * pixel[..., None] + k // 2, 2 * turn[..., None] + k % 2
+    marginal.make_tables(support, reference, min(max_shift, REACH * zeta))
+    bandwidth = reference.bandwidth
+    _first_cells(bandwidth, _first_level(bandwidth), symmetry, device_of(reference.phases))
 
 
 @partial(Once, keep=2)
@@ -540,7 +177,7 @@ class _Scorer:
         n, t = len(particle), 2 * reach + 1
         line = spacing * xp.arange(-reach, reach + 1)
         mass, spread, power, shift2 = (xp.empty(n) for _ in range(4))
-        places = _cube(line)  # from the centre
+        places = cube(line)  # from the centre
         of_places = xp.concatenate([places, (places**2).sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
         crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
@@ -651,7 +288,7 @@ def integrate(
     group, squared = xp.asarray(point_group(symmetry)), observation.weights**2 * precision
     scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
     with step("joint: all rotations"):
-        shifts = _coarse_shifts(support.box, references[0], radius)
+        shifts = coarse_shifts(support.box, references[0], radius)
         marginals = log_marginal(observation, references, precision, shifts, zeta)
     first = _search(scorers, marginals, symmetry)
     hopeful = _not_behind(first, _tolerance)
@@ -778,11 +415,6 @@ def _log_share(rotations: Array, group: Array, slack: float) -> Array:
     """Log of `unit_share`; outside it is small enough, but a number."""
     xp = namespace(rotations)
     return xp.log(xp.maximum(unit_share(rotations, group, slack)[1], OUTSIDE))
-
-
-def cell_width(level: int) -> float:
-    """Of cells of a level, degrees."""
-    return float(60 * 0.5**level)
 
 
 def _tolerance(gain: Array) -> Array:

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.linalg import expm
 from scipy.special import logsumexp
 
 from faml_gpu import faml, fourier
 from faml_gpu.array_backend import to_host
 from faml_gpu.expectation import expectation
-from faml_gpu.fast_alignment import Observation, UnseenGain, joint
+from faml_gpu.fast_alignment import Observation, UnseenGain, joint, marginal
+from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
 from faml_gpu.fast_alignment.so3 import grid_angles
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
 from faml_gpu.io.particles import ArrayParticles
@@ -30,7 +30,7 @@ class Case:
         self.support = fourier.make_support(BOX, R_MAX)
         volumes = [oracles.blob_volume(BOX, *s).astype(np.float32) for s in self.structures]
         self.grids = fourier.interpolation_grid(np.stack(volumes), R_MAX, 3)
-        self.references = [joint.make_joint_reference(g, 3, R_MAX, L) for g in self.grids]
+        self.references = [marginal.make_joint_reference(g, 3, R_MAX, L) for g in self.grids]
         cubes = [oracles.wedge_cube(BOX, [0, 0, 1], 0.6), 0.7 * oracles.wedge_cube(BOX, [1, 0, 0.2], 0.4)]
         self.weights = self.support.gather(np.stack([oracles.half_of_cube(c) for c in cubes])).astype(np.float32)
         self.index = np.array([0, 1, 0])
@@ -81,9 +81,9 @@ def grid_rotations():
 
 
 def test_marginal_is_the_voxel_sum_at_every_rotation_and_shift(case):
-    shifts = joint.shift_grid(MAX_SHIFT, 1.0)
+    shifts = marginal.shift_grid(MAX_SHIFT, 1.0)
     assert len(shifts) == 33
-    found = joint.log_marginal(case.observation, case.references[:1], case.precision, shifts, ZETA)[0]
+    found = marginal.log_marginal(case.observation, case.references[:1], case.precision, shifts, ZETA)[0]
     assert found.shape == (2 * L, 2 * L, 2 * L, 3)
     rotations = grid_rotations()
     some = np.random.default_rng(0).integers(0, 2 * L, (300, 3))
@@ -100,7 +100,7 @@ def test_marginal_is_the_voxel_sum_at_every_rotation_and_shift(case):
 def test_one_shift_is_one_correlation(case):
     """No sum over shifts: the log-posterior itself, at a shift that is not on any lattice."""
     shift = np.array([[0.7, -1.3, 0.4]])
-    found = joint.log_marginal(case.observation, case.references, case.precision, shift, ZETA)[1][..., 1]
+    found = marginal.log_marginal(case.observation, case.references, case.precision, shift, ZETA)[1][..., 1]
     some = np.random.default_rng(1).integers(0, 2 * L, (300, 3))
     expected = case.log_posterior(1, 1, grid_rotations()[tuple(some.T)], shift)[:, 0]
     error = found[tuple(some.T)] - expected
@@ -112,8 +112,8 @@ def test_hermitian_half_is_the_complex_sum(case):
     """P_lm of the real and imaginary parts over half the voxels against sum f conj Y_lm over all of them."""
     from scipy.special import sph_harm_y
 
-    harmonics = joint._phase_harmonics(BOX, R_MAX, R_MAX, 6, "cpu")
-    order, pairs = harmonics.order, joint._pairs(6)
+    harmonics = marginal._phase_harmonics(BOX, R_MAX, R_MAX, 6, "cpu")
+    order, pairs = harmonics.order, marginal._pairs(6)
     spectra = case.observation.spectra[:, order].T
     found = harmonics.coefficients(np.ascontiguousarray(spectra))
     coords = case.support.coords[order]
@@ -128,24 +128,9 @@ def test_hermitian_half_is_the_complex_sum(case):
         np.testing.assert_allclose(found[:, p] * (1 if l % 2 == 0 else 1j), expected, atol=1e-4 * abs(values).max())
 
 
-def test_quadrature_integrates_wigner_functions():
-    bandwidth = 6
-    beta, angle = grid_angles(bandwidth)
-    weights = joint.quadrature(bandwidth)
-    np.testing.assert_allclose(weights.sum() * (2 * bandwidth) ** 2, 1, rtol=1e-13)
-    assert (weights > 0).all()
-    for l in range(2 * bandwidth):
-        m = np.arange(-l, l + 1)
-        j_plus = np.diag(np.sqrt((l - m[:-1]) * (l + m[:-1] + 1.0)), -1)
-        small = np.stack([expm(-1j * b * (j_plus - j_plus.T) / 2j) for b in beta])
-        phases = np.exp(-1j * angle[:, None] * m).sum(axis=0)  # over alpha, and likewise gamma
-        integral = phases[:, None] * np.tensordot(weights, small, axes=1) * phases
-        np.testing.assert_allclose(integral, np.eye(1) if l == 0 else 0, atol=1e-11)
-
-
 def test_cells_are_equal_and_made_of_their_children(rng):
     level, pixel, turn = (np.full(12 * 16 * 24, 2), np.repeat(np.arange(192), 24), np.tile(np.arange(24), 192))
-    rotations = joint.cell_rotations(level, pixel, turn)
+    rotations = cell_rotations(level, pixel, turn)
     np.testing.assert_allclose(rotations @ rotations.transpose(0, 2, 1), np.eye(3) + 0 * rotations, atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(rotations), 1)
     # Equal areas: the mean of the moments of the directions is that of the sphere.
@@ -157,8 +142,8 @@ def test_cells_are_equal_and_made_of_their_children(rng):
     counts = np.bincount(nearest, minlength=len(pixel))
     assert counts.min() > 0 or (counts == 0).mean() < 0.03
     assert counts.max() < 20
-    children = joint.cell_children(level, pixel, turn)
-    fine = joint.cell_rotations(*children)
+    children = cell_children(level, pixel, turn)
+    fine = cell_rotations(*children)
     angles = rotation_angle(fine, rotations[:, None])
     assert angles.max() < 15
     assert angles.min() > 3
@@ -181,7 +166,7 @@ def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
     g, a, b = np.meshgrid(angle, angle, beta, indexing="ij")
     matrix = rng.standard_normal((3, 3))
     values = (euler_to_matrix(np.stack([a, b, g], axis=-1)) * matrix).sum(axis=(-2, -1)).ravel()
-    expected = (joint.cell_rotations(np.full(len(pixel), level), pixel, turn) * matrix).sum(axis=(-2, -1))
+    expected = (cell_rotations(np.full(len(pixel), level), pixel, turn) * matrix).sum(axis=(-2, -1))
     error = (values[places] * weights).sum(axis=1) - expected
     # Linear over a step of pi / L, of a function of degree 1: step^2 / 8 of it along each of three axes.
     assert abs(error).max() < 3 / 8 * (np.pi / bandwidth) ** 2 * abs(expected).max()
@@ -189,8 +174,8 @@ def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
 
 def dense_evidence(case, particle, k, spacing=0.5):
     """log of the integral over all rotations and shifts by brute force: every cell of 15 degrees, all its shifts."""
-    rotations = joint.cell_rotations(*joint.all_cells(2))
-    shifts = joint.shift_grid(MAX_SHIFT, spacing)
+    rotations = cell_rotations(*all_cells(2))
+    shifts = marginal.shift_grid(MAX_SHIFT, spacing)
     total = [logsumexp(case.log_posterior(particle, k, part, shifts)) for part in np.array_split(rotations, 10)]
     return logsumexp(total) - np.log(len(rotations)) + 3 * np.log(spacing)
 
@@ -227,9 +212,9 @@ def test_integral_where_particles_are_known_to_be_near_the_centre(oracles, max_s
     candidates, volumes = case.integrate(max_shift=max_shift, zeta=zeta)
     value = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * zeta**2) + volumes
     spacing = min(0.5 * zeta, max_shift / 5) or 1.0
-    shifts = joint.shift_grid(min(max_shift, 4 * zeta), spacing)
+    shifts = marginal.shift_grid(min(max_shift, 4 * zeta), spacing)
     prior = (shifts**2).sum(axis=1) * (0.5 / ZETA**2 - 0.5 / zeta**2)
-    rotations = joint.cell_rotations(*joint.all_cells(2))
+    rotations = cell_rotations(*all_cells(2))
     for b in range(2):
         parts = np.array_split(rotations, 20)
         total = [logsumexp(case.log_posterior(b, 0, part, shifts) + prior) for part in parts]
@@ -257,13 +242,13 @@ def poses_by_brute_force(case, particle, level):
 
     All cells of 15 degrees are tried, then the parts of those that hold more than 1e-5 of the largest mass.
     """
-    shifts = joint.shift_grid(MAX_SHIFT, 0.5)
-    cells = joint.all_cells(2)
+    shifts = marginal.shift_grid(MAX_SHIFT, 0.5)
+    cells = all_cells(2)
     for _ in range(2, level):
-        mass = mass_of(case, particle, joint.cell_rotations(*cells), shifts)
+        mass = mass_of(case, particle, cell_rotations(*cells), shifts)
         cells = [x[mass > mass.max() + np.log(1e-5)] for x in cells]
-        cells = [x.reshape(-1) for x in joint.cell_children(*cells)]
-    rotations = joint.cell_rotations(*cells)
+        cells = [x.reshape(-1) for x in cell_children(*cells)]
+    rotations = cell_rotations(*cells)
     mass = mass_of(case, particle, rotations, shifts)
     return rotations, np.exp(mass - logsumexp(mass))
 
@@ -386,7 +371,7 @@ def test_mass_of_a_rotation_is_that_of_all_its_shifts(case, nothing_drawn, monke
     """However few of its shifts are candidates; the same factor for all rotations of one cell size."""
     monkeypatch.setattr(joint, "MASS", 2.0)  # nothing is left out
     monkeypatch.setattr(joint, "SELECTED", 20)
-    shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
+    shifts = marginal.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
     for n_shifts in (1, 4):
         candidates, volumes = case.integrate(n=20 * n_shifts, n_shifts=n_shifts, rounds=0)
         mass = candidates.gain - (candidates.shifts**2).sum(axis=-1) / (2 * ZETA**2) + volumes
@@ -405,7 +390,7 @@ def test_mean_square_shift_is_that_of_all_shifts(oracles, gain, nothing_drawn, m
     """That of the best shift of each rotation alone is not."""
     case = Case(oracles, gain)
     monkeypatch.setattr(joint, "MASS", 2.0)  # nothing is left out
-    shifts = joint.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
+    shifts = marginal.shift_grid(MAX_SHIFT, BOX / (joint.FINE_STEP * R_MAX))
     candidates, volumes = case.integrate(n=100, rounds=0)
     posterior = expectation(
         case.observation, case.references[:1], [candidates], [volumes], np.ones(1), case.sigma2, ZETA
@@ -462,7 +447,7 @@ def test_noise_free_poses_are_found(oracles, gain, degrees):
 @pytest.mark.parametrize(("r_max", "width"), [(9, 0.94), (31, 0.94), (63, 0.47), (127, 0.24)])
 def test_the_finest_cells_are_as_narrow_as_the_band_can_tell(r_max, width):
     """From 7.5 degrees on three rounds at least; turned by 52 / r_max, what lies 0.35 boxes out has lost its phase."""
-    found = joint.cell_width(joint._first_level(L) + joint._rounds(L, r_max, None))
+    found = cell_width(joint._first_level(L) + joint._rounds(L, r_max, None))
     assert found == pytest.approx(width, abs=0.01)
     assert found <= 52 / r_max
     assert joint._rounds(L, r_max, 2) == 2
@@ -520,11 +505,12 @@ def test_inner_shells_only(case):
 
 
 def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
-    shifts = joint.shift_grid(MAX_SHIFT, 1.0)
+    shifts = marginal.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references, case.precision, shifts, ZETA
-    whole, found = joint.log_marginal(*arguments), case.integrate()
-    monkeypatch.setattr(joint, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
-    np.testing.assert_allclose(joint.log_marginal(*arguments), whole, atol=2e-3)
+    whole, found = marginal.log_marginal(*arguments), case.integrate()
+    for module in (joint, marginal):
+        monkeypatch.setattr(module, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
+    np.testing.assert_allclose(marginal.log_marginal(*arguments), whole, atol=2e-3)
     again = case.integrate()
     np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)
     np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
@@ -542,7 +528,7 @@ def test_on_a_gpu_the_same(case, emulated_gpu, nothing_drawn, screen, monkeypatc
         on_gpu = Observation(
             case.support.to("cuda:0"), *(cupy.asarray(x) for x in (o.spectra, o.weights, o.weight_index)), o.weight_ids
         )
-        reference = joint.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
+        reference = marginal.make_joint_reference(cupy.asarray(case.grids[0]), 3, R_MAX, L)
         [(candidates, volumes)] = joint.integrate(
             on_gpu, [reference], cupy.asarray(case.precision), max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=40
         )

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from faml_gpu import fourier
 from faml_gpu.data import Posterior, State
-from faml_gpu.fast_alignment import Observation, align, joint, make_reference, shift_window
+from faml_gpu.fast_alignment import Observation, align, joint, make_reference, marginal, shift_window
 from faml_gpu.geometry import random_rotations, rotation_angle
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.masks import soft_sphere
@@ -58,7 +58,7 @@ class Case:
         self.observation = Observation(self.support, spectra, weights, np.zeros(3, np.int64), ("w",))
 
     def integrate(self, symmetry, n=400):
-        reference = joint.make_joint_reference(self.grid, 3, R_MAX, L)
+        reference = marginal.make_joint_reference(self.grid, 3, R_MAX, L)
         return joint.integrate(
             self.observation, [reference], self.precision, max_shift=MAX_SHIFT, zeta=ZETA, n_candidates=n,
             symmetry=symmetry,

@@ -14,6 +14,7 @@ from faml_gpu.fast_alignment import (
     Reference,
     UnseenGain,
     joint,
+    marginal,
     refine,
     unseen_gain,
     unseen_harmonics,
@@ -339,11 +340,11 @@ def test_matching_counts_it_as_if_it_matched(scene):
 
 def test_joint_counts_it_at_every_stage(scene):
     """The integral over all poses, with and without: by its own candidates and by the coarse grid."""
-    plain = joint.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12)
-    reference = joint.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12, scene.grid / 5)
-    shifts = joint.shift_grid(0.0, 1.0)
-    without = joint.log_marginal(scene.plain, [plain], scene.precision, shifts, 1.0)[0]
-    found = joint.log_marginal(scene.observation, [reference], scene.precision, shifts, 1.0)[0]
+    plain = marginal.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12)
+    reference = marginal.make_joint_reference(scene.volume_grid / 10, 2, R_MAX, 12, scene.grid / 5)
+    shifts = marginal.shift_grid(0.0, 1.0)
+    without = marginal.log_marginal(scene.plain, [plain], scene.precision, shifts, 1.0)[0]
+    found = marginal.log_marginal(scene.observation, [reference], scene.precision, shifts, 1.0)[0]
     beta, angle = grid_angles(12)
     g, a, b = np.meshgrid(angle, angle, beta, indexing="ij")
     rotations = euler_to_matrix(np.stack([a, b, g], axis=-1))
