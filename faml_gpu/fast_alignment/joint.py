@@ -28,7 +28,14 @@ from faml_gpu.array_backend import Array, device_of, namespace, step, to_device,
 from faml_gpu.fast_alignment import marginal
 from faml_gpu.fast_alignment.align import Candidates, Observation, screen_band
 from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
-from faml_gpu.fast_alignment.marginal import JointReference, coarse_shifts, cube, log_marginal
+from faml_gpu.fast_alignment.marginal import (
+    COARSE_STEP,
+    JointReference,
+    coarse_shifts,
+    cube,
+    likely_shifts,
+    log_marginal,
+)
 from faml_gpu.fast_alignment.so3 import interpolate
 from faml_gpu.fast_alignment.thinning import thinned
 from faml_gpu.fast_alignment.translations import ShiftWindow
@@ -161,6 +168,20 @@ class _Scorer:
         """Points of the lattice to either side that cover all shifts."""
         return int(np.ceil(self.radius / self.fine))
 
+    def lattice(self, centre: Array, width: Array, n: int) -> tuple[Array, Array]:
+        """For n rotations of each particle centre (B, n, 3) and reach (B, n) of the points within a cube of shifts.
+
+        centre (B, 3), width (B,) to either side. On the points of the lattice that covers all shifts, about 0 where the
+        cube is no smaller: a sum over these is that over all, less what is 0.
+        """
+        reach = np.minimum(np.ceil(width / self.fine).astype(np.int64), self.reach)
+        on_lattice = np.where((reach < self.reach)[:, None], self.fine * np.rint(centre / self.fine), 0)
+        b, device = len(reach), device_of(self.weight)
+        return (
+            to_device(np.broadcast_to(on_lattice[:, None], (b, n, 3)), device),
+            to_device(np.broadcast_to(reach[:, None], (b, n)), device),
+        )
+
     def _window(self, spacing: float, reach: int) -> ShiftWindow:
         support = self.observation.support
         line = spacing * np.arange(-reach, reach + 1)
@@ -289,8 +310,9 @@ def integrate(
     scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
     with step("joint: all rotations"):
         shifts = coarse_shifts(support.box, references[0], radius)
-        marginals = log_marginal(observation, references, precision, shifts, zeta)
-    first = _search(scorers, marginals, symmetry)
+        likely = likely_shifts(observation, references, precision, shifts, zeta)
+        marginals = log_marginal(observation, references, precision, shifts, zeta, likely)
+    first = _search(scorers, marginals, _region(shifts, likely, support.box / references[0].coarse_r), symmetry)
     hopeful = _not_behind(first, _tolerance)
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
@@ -300,13 +322,27 @@ def integrate(
     return found
 
 
-def _search(scorers: Sequence[_Scorer], marginals: Sequence[Array], symmetry: str) -> list[_Cells]:
+def _region(shifts: Array, likely: Array, margin: float) -> tuple[Array, Array]:
+    """The cube about the likely ones (B, T) of shifts (T, 3): centre (B, 3) and how far to either side (B,), voxels."""
+    low, high = (
+        pick(np.where(likely[..., None], shifts, away), axis=1) for pick, away in ((np.min, np.inf), (np.max, -np.inf))
+    )
+    return (low + high) / 2, (high - low).max(axis=1) / 2 + margin / COARSE_STEP
+
+
+def _search(
+    scorers: Sequence[_Scorer], marginals: Sequence[Array], region: tuple[Array, Array], symmetry: str
+) -> list[_Cells]:
     """Cells of the first level that stand for all of them, scored, against each class.
 
+    region: centre (B, 3) and half width (B,) of the cube of shifts to look at.
     Of a class that by the inner shells is too far behind another to matter only the foremost.
     """
     with step("joint: cells"):
-        found = [_Selected.of(scorer, marginal, symmetry) for scorer, marginal in zip(scorers, marginals, strict=True)]
+        found = [
+            _Selected.of(scorer, marginal, region, symmetry)
+            for scorer, marginal in zip(scorers, marginals, strict=True)
+        ]
         worth = [x.worth for x in found]
         if inner := [x.by_inner for x in found if x.by_inner is not None]:
             xp = namespace(worth[0])
@@ -341,23 +377,24 @@ class _Selected:
     by_inner: _Cells | None
 
     @classmethod
-    def of(cls, scorer: _Scorer, marginal: Array, symmetry: str) -> _Selected:
+    def of(cls, scorer: _Scorer, marginal: Array, region: tuple[Array, Array], symmetry: str) -> _Selected:
         """The heaviest by `log_marginal`, and some drawn from the others."""
         xp, device = namespace(marginal), device_of(marginal)
-        b, level = marginal.shape[-1], _first_level(scorer.reference.bandwidth)
+        b, level = len(marginal), _first_level(scorer.reference.bandwidth)
         pixel, turn, part, places, weights = _first_cells(scorer.reference.bandwidth, level, symmetry, device)
-        flat = marginal.reshape(-1, b)
-        coarse_mass = sum(flat[places[:, i]] * weights[:, i, None] for i in range(8)).T.astype(np.float64)  # (B, cells)
+        flat = marginal.reshape(b, -1)
+        coarse_mass = sum(flat[:, places[:, i]] * weights[:, i] for i in range(8)).astype(np.float64)  # (B, cells)
         # Without those drawn, a particle that says little would have all its mass in the few cells looked at.
         chosen, factor = thinned(coarse_mass + part, SELECTED, SELECTED // 2)
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
         best = of_chosen.max(axis=1, keepdims=True)
         worth = of_chosen + factor > best - _tolerance(best)
         which = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
-        centre, reach, cells = xp.zeros((*chosen.shape, 3)), xp.full(chosen.shape, scorer.reach), None
-        if (coarse := scorer.coarse) is not None:
-            cells, worth = _screen(coarse, which, worth, centre, xp.full(chosen.shape, coarse.reach))
-            centre, reach = _near(coarse, scorer, cells, worth)
+        centre, reach = (coarse := scorer.coarse or scorer).lattice(*region, chosen.shape[1])
+        cells = None
+        if coarse is not scorer:
+            cells, worth = _screen(coarse, which, worth, centre, reach)
+            centre, reach = _near(coarse, scorer, cells, worth, region)
         return cls(which, worth, centre, reach, cells)
 
 
@@ -458,18 +495,21 @@ def _screen_tolerance(gain: Array) -> Array:
     return 10 + 0.05 * namespace(gain).maximum(gain, 0)
 
 
-def _near(coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array) -> tuple[Array, Array]:
+def _near(
+    coarse: _Scorer, scorer: _Scorer, cells: _Cells, worth: Array, region: tuple[Array, Array]
+) -> tuple[Array, Array]:
     """About which shifts (B, n, 3) the posterior lies, and how far to either side of them it reaches (B, n).
 
-    By what the inner shells say of cells; in steps of the whole band's lattice.
+    By what the inner shells say of cells, or where that is too little all of the region; in steps of the whole band's
+    lattice.
     """
     xp = namespace(worth)
     narrow = xp.where(worth, cells.spread, 1).max(axis=1, keepdims=True) < 6
-    near = min(scorer.reach, int(np.ceil(SCREEN_STEPS * coarse.fine / scorer.fine)))
-    reach = xp.broadcast_to(xp.where(narrow, near, scorer.reach), worth.shape)
-    # On the points of the lattice that covers all shifts: the sum is that over these, less what is 0.
-    centre = scorer.fine * xp.rint(cells.shift[:, :, 0] / scorer.fine)
-    return xp.where((reach < scorer.reach)[..., None], centre, 0), reach
+    centre, reach = scorer.lattice(*region, worth.shape[1])
+    near = int(np.ceil(SCREEN_STEPS * coarse.fine / scorer.fine))
+    nearer = narrow & (near < reach)
+    about_best = scorer.fine * xp.rint(cells.shift[:, :, 0] / scorer.fine)
+    return xp.where(nearer[..., None], about_best, centre), xp.where(nearer, near, reach)
 
 
 def _score_cells(

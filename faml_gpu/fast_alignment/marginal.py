@@ -6,9 +6,9 @@ c1^2(R) = sum w^2 / sigma^2 |RA|^2 does not depend on t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ __all__ = [
     "coarse_shifts",
     "cube",
     "forget_tables",
+    "likely_shifts",
     "log_marginal",
     "make_joint_reference",
     "make_tables",
@@ -35,6 +36,8 @@ __all__ = [
 
 COARSE_R, COARSE_L = 10, 12  # largest band and bandwidth of the search over all rotations
 PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to be linear over a whole one
+INNER_R, INNER_L = 6, 6  # of a first look at the shifts
+WORTHWHILE = 27  # shifts from which on such a look pays
 COARSE_STEP = 2.5  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
 TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
 
@@ -50,6 +53,21 @@ class JointReference(Reference):
     phases: Array
     powers: Array
     coarse_r: int
+
+    @cached_property
+    def inner(self) -> JointReference | None:
+        """By the innermost shells and lowest degrees, for a first look at the shifts; None where that does not pay."""
+        if self.coarse_r < INNER_R + 2 or self.bandwidth <= INNER_L:
+            return None
+        # Of the m' in FFT order the Nyquist line counts for nothing, whatever is there.
+        m = np.arange(-INNER_L, INNER_L)
+        whole, pairs = _pairs(self.bandwidth), _pairs(INNER_L)
+        place = {pair: i for i, pair in enumerate(zip(whole.m.tolist(), whole.l.tolist(), strict=True))}
+        rows = np.array([place[pair] for pair in zip(pairs.m.tolist(), pairs.l.tolist(), strict=True)])
+        at = np.ix_(rows, np.roll(m, INNER_L) % (2 * self.bandwidth), np.arange(PER_VOXEL * (INNER_R - 1) + 1))
+        xp = namespace(self.phases)
+        phases, powers = (xp.ascontiguousarray(x[at]) for x in (self.phases, self.powers))
+        return replace(self, bandwidth=INNER_L, phases=phases, powers=powers, coarse_r=INNER_R)
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ def _inside(box: int, r_max: int, r: int) -> tuple[NDArray[np.int64], NDArray[np
     return order, radius[order]
 
 
-@partial(Once, keep=1)  # as in `harmonics`
+@partial(Once, keep=2)  # of two bands; those of the bands before are of no use any more, and large
 def _phase_harmonics(box: int, r_max: int, r: int, bandwidth: int, device: str) -> PhaseHarmonics:
     coords = make_support(box, r_max).coords
     order, radius = _inside(box, r_max, r)
@@ -152,12 +170,14 @@ def forget_tables() -> None:
 
 def make_tables(support: Support, reference: JointReference, radius: float) -> None:
     """The tables that `log_marginal` keeps; radius: of the shifts."""
-    device, bandwidth = device_of(reference.phases), reference.bandwidth
-    _phase_harmonics(support.box, support.r_max, reference.coarse_r, bandwidth, device)
-    _d_table(bandwidth, device)
-    _turns(bandwidth, device)
-    shifts = coarse_shifts(support.box, reference, radius)
-    _lattice_phases(support.box, support.r_max, reference.coarse_r, shifts.tobytes(), device)
+    device = device_of(reference.phases)
+    for of_band in (reference, reference.inner):
+        if of_band is not None:
+            _phase_harmonics(support.box, support.r_max, of_band.coarse_r, of_band.bandwidth, device)
+            _d_table(of_band.bandwidth, device)
+            _turns(of_band.bandwidth, device)
+            shifts = coarse_shifts(support.box, reference, radius)
+            _lattice_phases(support.box, support.r_max, of_band.coarse_r, shifts.tobytes(), device)
 
 
 def coarse_shifts(box: int, reference: JointReference, radius: float) -> NDArray[np.float64]:
@@ -218,6 +238,7 @@ def log_marginal(
     precision: Array,
     shifts: NDArray[np.float64],
     zeta: float,
+    looked_at: NDArray[np.bool_] | None = None,
 ) -> list[Array]:
     """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid, for each class.
 
@@ -228,62 +249,118 @@ def log_marginal(
     Parameters
     ----------
     observation
+        B particles.
     references : K of JointReference
     precision : (M,) float32
         1 / sigma^2 of each voxel's shell.
     shifts : (T, 3) float64, voxels
     zeta : float, voxels
+    looked_at : (B, T) bool, optional
+        The shifts summed over, one at least of each particle (default: all).
 
     Returns
     -------
-    K of (2L, 2L, 2L, B) float32
-        Axes [gamma, alpha, beta, particle] at `so3.grid_angles(L)`.
+    K of (B, 2L, 2L, 2L) float32
+        Axes [particle, gamma, alpha, beta] at `so3.grid_angles(L)`.
+    """
+    xp, b = namespace(observation.spectra), len(observation.spectra)
+    n = 2 * references[0].bandwidth
+    if looked_at is None:
+        looked_at = np.ones((b, len(shifts)), bool)
+    particle, shift = np.nonzero(looked_at)
+    sums = [xp.zeros((b, n**3), np.float32) for _ in references]
+    highest = [xp.full(b, -np.inf, np.float32) for _ in references]
+    for k, some, scores in _correlations(observation, references, precision, shifts, zeta, particle, shift):
+        of = particle[some]
+        these = slice(int(of[0]), int(of[-1]) + 1)
+        own = xp.asarray(of - of[0])[:, None] == xp.arange(these.stop - these.start)  # of which particle each is
+        top = xp.maximum(highest[k][these], xp.where(own, _maxima(scores)[:, None], -np.inf).max(axis=0))
+        sums[k][these] *= xp.exp(highest[k][these] - top)[:, None]
+        scores -= own @ top
+        # Sums over the shifts as a product: a few columns are slow to add up.
+        sums[k][these] += (xp.exp(scores, out=scores).reshape(n**3, -1) @ own.astype(np.float32)).T
+        highest[k][these] = top
+    return [
+        (xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top[:, None]).reshape(b, n, n, n)
+        for total, top in zip(sums, highest, strict=True)
+    ]
+
+
+def likely_shifts(
+    observation: Observation,
+    references: Sequence[JointReference],
+    precision: Array,
+    shifts: NDArray[np.float64],
+    zeta: float,
+) -> NDArray[np.bool_]:
+    """Which shifts (B, T) may matter for a particle, against any class: by the innermost shells and few degrees.
+
+    Those whose best rotation is not far behind that of another, or ahead of the others of that class. (The likelihood
+    ratio of a wrong pose to the right one has mean 1 in any set of shells, see `screen_band`.)
+    """
+    all_of_them = np.ones((len(observation.spectra), len(shifts)), bool)
+    if (inner := [r.inner for r in references if r.inner is not None]) == [] or len(shifts) < WORTHWHILE:
+        return all_of_them
+    best = namespace(precision).empty((len(inner), all_of_them.size), np.float32)
+    for k, some, scores in _correlations(observation, inner, precision, shifts, zeta, *np.nonzero(all_of_them)):
+        best[k, some] = _maxima(scores)
+    ahead = to_host(best).reshape(-1, *all_of_them.shape)
+    of_class, of_all = ahead.max(axis=2, keepdims=True), ahead.max(axis=(0, 2), keepdims=True)
+    worth = (ahead >= of_all - _tolerance(of_all)) | (ahead == of_class)
+    return np.asarray(worth.any(axis=0))
+
+
+def _tolerance(gain: Array) -> Array:
+    """Nats by which a shift may be behind the best by the innermost shells and still come out ahead."""
+    return 10 + 0.05 * np.maximum(gain, 0)
+
+
+def _correlations(
+    observation: Observation,
+    references: Sequence[JointReference],
+    precision: Array,
+    shifts: NDArray[np.float64],
+    zeta: float,
+    particle: NDArray[np.int64],
+    shift: NDArray[np.int64],
+) -> Iterator[tuple[int, slice, Array]]:
+    """c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2) of listed particles and shifts, a few at a time and class by class.
+
+    Each time the class, which of the list, and (2L, 2L, 2L, some) float32, axes [gamma, alpha, beta].
     """
     xp, support, l_max = namespace(observation.spectra), observation.support, references[0].bandwidth
-    device, n = device_of(observation.spectra), 2 * l_max
-    harmonics = _phase_harmonics(support.box, support.r_max, references[0].coarse_r, l_max, device)
-    phases = _lattice_phases(support.box, support.r_max, references[0].coarse_r, shifts.tobytes(), device)
+    r, device, n = references[0].coarse_r, device_of(observation.spectra), 2 * references[0].bandwidth
+    harmonics = _phase_harmonics(support.box, support.r_max, r, l_max, device)
+    phases = _lattice_phases(support.box, support.r_max, r, shifts.tobytes(), device)
     squared = (observation.weights**2 * precision)[:, harmonics.order]
     of_weights = harmonics.coefficients(squared.T.astype(np.complex64))
     base = [-0.5 * _place(of_weights, reference.powers, l_max) for reference in references]
     weighted = (squared[observation.weight_index] * observation.spectra[:, harmonics.order]).T  # (M', B)
-    b, m = weighted.shape[1], len(weighted)
-    out = [xp.empty((n, n, n, b), np.float32) for _ in references]
+    prior = xp.asarray(((shifts**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32))
     # Per function: its values, coefficients, T, d T and the correlation. Few at a time stay in a CPU's caches.
-    at_once = max(1, working_bytes(weighted) // (32 * (8 * m + 24 * n**3)))
-    for first in range(0, b, at_once):
-        part = weighted[:, first : first + at_once]
-        width, index = part.shape[1], observation.weight_index[first : first + at_once]
-        sums = [xp.zeros((n**3, width), np.float32) for _ in references]
-        highest = [xp.full(width, -np.inf, np.float32) for _ in references]
-        taken = max(1, at_once // width)
-        several = taken * max(1, TRANSFORMED // (taken * width))
-        for t in range(0, len(shifts), taken):
-            if t % several == 0:
-                moved = phases[:, t : t + several, None] * part[:, None, :]
-                functions = harmonics.coefficients(moved.reshape(m, -1))
-            some, column = shifts[t : t + taken], t % several * width
-            prior = xp.asarray(((some**2).sum(axis=1) / (2 * zeta**2)).astype(np.float32))
-            # Sums over the shifts, of each particle, as a product: a few columns are slow to add up.
-            over_shifts = xp.tile(xp.eye(width, dtype=np.float32), (len(some), 1))
+    at_once = max(1, working_bytes(weighted) // (32 * (8 * len(weighted) + 24 * n**3)))
+    transformed = at_once * max(1, TRANSFORMED // at_once)
+    for start in range(0, len(particle), transformed):
+        of, at = (xp.asarray(x[start : start + transformed]) for x in (particle, shift))
+        functions = harmonics.coefficients(phases[:, at] * weighted[:, of])
+        for first in range(0, len(of), at_once):
+            some = slice(first, first + at_once)
+            index, own_prior = observation.weight_index[of[some]], prior[at[some]]
+            where = slice(start + first, start + first + len(own_prior))
             for k, reference in enumerate(references):
-                terms = _place(functions[:, :, column : column + len(some) * width], reference.phases, l_max)
-                terms = terms.reshape(*terms.shape[:3], len(some), width) + base[k][..., index][..., None, :]
-                terms[0, 0, 0] -= prior[:, None]  # a constant is the term l = 0
-                scores = _synthesis(terms.reshape(*terms.shape[:3], -1), l_max)
-                per_beta = scores.reshape(n * n, -1).max(axis=0).reshape(-1, width)
-                top = xp.maximum(highest[k], per_beta.max(axis=0))
-                sums[k] *= xp.exp(highest[k] - top)
-                scores -= xp.tile(top, len(some))
-                sums[k] += xp.exp(scores, out=scores).reshape(n**3, -1) @ over_shifts
-                highest[k] = top
-        for found, total, top in zip(out, sums, highest, strict=True):
-            total = xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top
-            found[..., first : first + at_once] = total.reshape(n, n, n, width)
-    return out
+                terms = _place(functions[:, :, some], reference.phases, l_max)
+                terms += base[k] if base[k].shape[-1] == 1 else base[k][..., index]
+                terms[0, 0, 0] -= own_prior  # a constant is the term l = 0
+                yield k, where, _synthesis(terms, l_max)
 
 
-@partial(Once, keep=1)
+def _maxima(scores: Array) -> Array:
+    """Over all rotations: of (n, n, n, some) the largest of each, (some,)."""
+    n, some = len(scores), scores.shape[-1]  # in two steps: few columns are slow to go through
+    return scores.reshape(n * n, -1).max(axis=0).reshape(n, some).max(axis=0)
+
+
+@partial(Once, keep=2)  # of two bands
 def _lattice_phases(box: int, r_max: int, r: int, shifts: bytes, device: str) -> Array:
     """exp(2 pi i xi.t / N), (M', T) complex64, at the voxels of `_phase_harmonics`: of every particle the same."""
     points = np.frombuffer(shifts).reshape(-1, 3)
