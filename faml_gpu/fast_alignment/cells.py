@@ -20,11 +20,7 @@ def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:
     side = 2.0**level
     face = pixel >> (2 * level)
     inside = pixel - (face << (2 * level))
-    x, y = xp.zeros_like(pixel), xp.zeros_like(pixel)
-    for bit in range(16):
-        x += ((inside >> (2 * bit)) & 1) << bit
-        y += ((inside >> (2 * bit + 1)) & 1) << bit
-    u, v = (x + 0.5) / side, (y + 0.5) / side
+    u, v = (_every_other_bit(inside) + 0.5) / side, (_every_other_bit(inside >> 1) + 0.5) / side
     row = face // 4
     ring = 2.0 + row - u - v  # 0 at the north pole, 4 at the south pole
     polar = xp.where(ring < 1, ring, xp.where(ring > 3, 4 - ring, 1.0))
@@ -44,6 +40,14 @@ def cell_rotations(level: Array, pixel: Array, turn: Array) -> Array:
         -sine * cc, sine * sc, cosine,
     ]  # fmt: skip
     return xp.stack(flat, axis=-1).reshape(*pixel.shape, 3, 3)
+
+
+def _every_other_bit(x: Array) -> Array:
+    """The number made of the bits 0, 2, 4, ... of numbers of 32 bits."""
+    x = x & 0x55555555
+    for shift, mask in ((1, 0x33333333), (2, 0x0F0F0F0F), (4, 0x00FF00FF), (8, 0x0000FFFF)):
+        x = (x | (x >> shift)) & mask
+    return x
 
 
 def all_cells(level: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

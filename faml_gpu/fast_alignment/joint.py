@@ -36,7 +36,7 @@ from faml_gpu.fast_alignment.marginal import (
     likely_shifts,
     log_marginal,
 )
-from faml_gpu.fast_alignment.so3 import interpolate
+from faml_gpu.fast_alignment.so3 import at_places, interpolate
 from faml_gpu.fast_alignment.thinning import thinned
 from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
@@ -146,6 +146,7 @@ class _Scorer:
     n_shifts: int  # best shifts kept of each rotation
     group: Array  # (g, 3, 3): of the reference
     slack: float  # degrees outside the asymmetric unit up to which there are cells
+    round_part: Array  # (B,): mean of c0 over all rotations
 
     def within(self, r_max: int) -> _Scorer:
         """By the shells up to a radius only, at shifts as far apart as these allow."""
@@ -162,6 +163,17 @@ class _Scorer:
         """That of the inner shells, by which cells are compared first; None where that does not pay."""
         inner = screen_band(self.observation.support.r_max)
         return None if inner is None else self.within(inner)
+
+    def told_by_turning(self, cells: _Cells) -> Array:
+        """c0 of the best cell less its mean over all rotations, (B,): what is lost of c0 within a cell is part of this.
+
+        What is round of the particle stays whatever the rotation. (Without it and without noise this is twice the gain
+        over no signal at all.)
+        """
+        xp = namespace(cells.mass)
+        best = cells.mass.argmax(axis=1)[:, None]
+        value, power = (xp.take_along_axis(x, best, axis=1)[:, 0] for x in (cells.value[:, :, 0], cells.power))
+        return xp.maximum(value + 0.5 * power - self.round_part, 0)
 
     @property
     def reach(self) -> int:
@@ -307,13 +319,17 @@ def integrate(
     radius, support = min(max_shift, REACH * zeta), observation.support
     fine, slack = _fine(support.box, support.r_max, radius, zeta), cell_width(_first_level(references[0].bandwidth))
     group, squared = xp.asarray(point_group(symmetry)), observation.weights**2 * precision
-    scorers = [_Scorer(observation, r, squared, radius, zeta, fine, n_shifts, group, slack) for r in references]
     with step("joint: all rotations"):
         shifts = coarse_shifts(support.box, references[0], radius)
         likely = likely_shifts(observation, references, precision, shifts, zeta)
-        marginals = log_marginal(observation, references, precision, shifts, zeta, likely)
-    first = _search(scorers, marginals, _region(shifts, likely, support.box / references[0].coarse_r), symmetry)
-    hopeful = _not_behind(first, _tolerance)
+        marginals, round_parts = log_marginal(observation, references, precision, shifts, zeta, likely)
+    scorers = [
+        _Scorer(observation, reference, squared, radius, zeta, fine, n_shifts, group, slack, round_part)
+        for reference, round_part in zip(references, round_parts, strict=True)
+    ]
+    region = _region(shifts, likely, support.box / (COARSE_STEP * references[0].coarse_r))
+    first = _search(scorers, marginals, region, symmetry)
+    hopeful = _not_behind(scorers, first, _tolerance)
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
@@ -322,12 +338,12 @@ def integrate(
     return found
 
 
-def _region(shifts: Array, likely: Array, margin: float) -> tuple[Array, Array]:
-    """The cube about the likely ones (B, T) of shifts (T, 3): centre (B, 3) and how far to either side (B,), voxels."""
+def _region(shifts: Array, likely: Array, spacing: float) -> tuple[Array, Array]:
+    """The cube about the likely ones (B, T) of shifts (T, 3): centre (B, 3), how far to either side (B,)."""
     low, high = (
         pick(np.where(likely[..., None], shifts, away), axis=1) for pick, away in ((np.min, np.inf), (np.max, -np.inf))
     )
-    return (low + high) / 2, (high - low).max(axis=1) / 2 + margin / COARSE_STEP
+    return (low + high) / 2, (high - low).max(axis=1) / 2 + spacing
 
 
 def _search(
@@ -346,7 +362,10 @@ def _search(
         worth = [x.worth for x in found]
         if inner := [x.by_inner for x in found if x.by_inner is not None]:
             xp = namespace(worth[0])
-            for k, (cells, hopeful) in enumerate(zip(inner, _not_behind(inner, _screen_tolerance), strict=True)):
+            by_inner = [scorer.coarse for scorer in scorers if scorer.coarse is not None]
+            for k, (cells, hopeful) in enumerate(
+                zip(inner, _not_behind(by_inner, inner, _screen_tolerance), strict=True)
+            ):
                 rank = xp.argsort(xp.argsort(-cells.mass, axis=1), axis=1)
                 worth[k] = worth[k] & (hopeful[:, None] | (rank < FOREMOST))
         return [
@@ -355,12 +374,12 @@ def _search(
         ]
 
 
-def _not_behind(cells: Sequence[_Cells], tolerance: Callable[[Array], Array]) -> Array:
+def _not_behind(scorers: Sequence[_Scorer], cells: Sequence[_Cells], tolerance: Callable[[Array], Array]) -> Array:
     """Classes (K, B) whose best cell is not far behind that of another."""
     xp = namespace(cells[0].mass)
     best = xp.stack([c.mass.max(axis=1) for c in cells])
-    gain = xp.stack([c.value[:, :, 0].max(axis=1) for c in cells])
-    return best > best.max(axis=0) - tolerance(gain.max(axis=0))
+    told_by_turning = xp.stack([s.told_by_turning(c) for s, c in zip(scorers, cells, strict=True)])
+    return best > best.max(axis=0) - tolerance(told_by_turning.max(axis=0))
 
 
 @dataclass(frozen=True)
@@ -382,13 +401,12 @@ class _Selected:
         xp, device = namespace(marginal), device_of(marginal)
         b, level = len(marginal), _first_level(scorer.reference.bandwidth)
         pixel, turn, part, places, weights = _first_cells(scorer.reference.bandwidth, level, symmetry, device)
-        flat = marginal.reshape(b, -1)
-        coarse_mass = sum(flat[:, places[:, i]] * weights[:, i] for i in range(8)).astype(np.float64)  # (B, cells)
+        coarse_mass = at_places(marginal.reshape(b, -1), places, weights).astype(np.float64)  # (B, cells)
         # Without those drawn, a particle that says little would have all its mass in the few cells looked at.
         chosen, factor = thinned(coarse_mass + part, SELECTED, SELECTED // 2)
         of_chosen = xp.take_along_axis(coarse_mass, chosen, axis=1)
         best = of_chosen.max(axis=1, keepdims=True)
-        worth = of_chosen + factor > best - _tolerance(best)
+        worth = of_chosen + factor > best - _coarse_tolerance(best)
         which = (xp.full(chosen.shape, level), pixel[chosen], turn[chosen], factor)
         centre, reach = (coarse := scorer.coarse or scorer).lattice(*region, chosen.shape[1])
         cells = None
@@ -403,7 +421,7 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
     xp = namespace(cells.mass)
     b, support = len(cells.mass), scorer.observation.support
     for i in range(rounds):
-        parents, worth = _divide(cells, i)
+        parents, worth = _divide(scorer, cells, i)
         worth &= close[:, None]
         if not bool(worth.any()):
             break
@@ -454,28 +472,36 @@ def _log_share(rotations: Array, group: Array, slack: float) -> Array:
     return xp.log(xp.maximum(unit_share(rotations, group, slack)[1], OUTSIDE))
 
 
-def _tolerance(gain: Array) -> Array:
-    """Nats by which a cell of the first level, or a class by these, may be behind the best and still come out ahead."""
+def _coarse_tolerance(gain: Array) -> Array:
+    """Nats by which a cell of the first level may be behind the best by `log_marginal` and still come out ahead.
+
+    Between shifts as far apart as there, all of the correlation may fall by a good part, and by less where a turn makes
+    up for it.
+    """
     return 6 + 0.3 * namespace(gain).maximum(gain, 0)
 
 
-def _tolerance_of_round(gain: Array, i: int) -> Array:
-    """Nats by which a cell may be behind the best in round i and be worth splitting: it is off by part of the gain.
+def _tolerance(told_by_turning: Array) -> Array:
+    """Nats by which a class may be behind another by cells of the first level and still come out ahead."""
+    return 6 + 0.2 * told_by_turning
+
+
+def _tolerance_of_round(told_by_turning: Array, i: int) -> Array:
+    """Nats by which a cell may be behind the best in round i and be worth splitting: it is off by part of its c0.
 
     Within a cell the correlation falls with the square of its width, so each round needs a quarter of it. Those that
     are not split keep the mass they have.
     """
-    return 4 + 0.2 * namespace(gain).maximum(gain, 0) / 4 ** (i + 1)
+    return 4 + 0.15 * told_by_turning / 4 ** (i + 1)
 
 
-def _divide(cells: _Cells, i: int) -> tuple[Array, Array]:
+def _divide(scorer: _Scorer, cells: _Cells, i: int) -> tuple[Array, Array]:
     """The cells to be split in round i, (B, SPLIT) indices and which of them count."""
     xp = namespace(cells.mass)
     n = min(SPLIT, cells.mass.shape[1])
     parents = xp.argsort(-cells.mass, axis=1)[:, :n]
     mass = xp.take_along_axis(cells.mass, parents, axis=1)
-    gain = xp.take_along_axis(cells.value[:, :, 0], parents, axis=1)[:, :1]
-    worth = mass > mass[:, :1] - _tolerance_of_round(gain, i)
+    worth = mass > mass[:, :1] - _tolerance_of_round(scorer.told_by_turning(cells)[:, None], i)
     share = cells.mass - _logsumexp(cells.mass)[:, None]
     return parents, worth & (xp.exp(-_logsumexp(2 * share)) < SPREAD)[:, None]
 
@@ -486,13 +512,13 @@ def _screen(
     """Cells (B, n) scored by the inner shells, `coarse`, and which of them are not far behind the best by that."""
     xp = namespace(worth)
     cells = _score_cells(coarse, which, worth, centre, xp.full(worth.shape, coarse.fine), reach)
-    best, gain = cells.mass.max(axis=1, keepdims=True), cells.value[:, :, 0].max(axis=1, keepdims=True)
-    return cells, worth & (cells.mass > best - _screen_tolerance(gain))
+    best = cells.mass.max(axis=1, keepdims=True)
+    return cells, worth & (cells.mass > best - _screen_tolerance(coarse.told_by_turning(cells)[:, None]))
 
 
-def _screen_tolerance(gain: Array) -> Array:
+def _screen_tolerance(told_by_turning: Array) -> Array:
     """Nats by which cells or classes may be behind the best by the inner shells and still come out ahead."""
-    return 10 + 0.05 * namespace(gain).maximum(gain, 0)
+    return 10 + 0.025 * told_by_turning
 
 
 def _near(

@@ -239,7 +239,7 @@ def log_marginal(
     shifts: NDArray[np.float64],
     zeta: float,
     looked_at: NDArray[np.bool_] | None = None,
-) -> list[Array]:
+) -> tuple[list[Array], list[Array]]:
     """log of the sum over t of exp(c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2)) on the Euler grid, for each class.
 
     c0 = sum w^2 / sigma^2 Re[X exp(2 pi i xi.t / N) conj RA], c1^2 = sum w^2 / sigma^2 |RA|^2, both over the voxels
@@ -260,8 +260,11 @@ def log_marginal(
 
     Returns
     -------
-    K of (B, 2L, 2L, 2L) float32
+    marginals : K of (B, 2L, 2L, 2L) float32
         Axes [particle, gamma, alpha, beta] at `so3.grid_angles(L)`.
+    round_part : K of (B,) float32
+        Mean of c0 over all rotations, at the shift of the best of them: what a particle and a reference have in common
+        however it is turned.
     """
     xp, b = namespace(observation.spectra), len(observation.spectra)
     n = 2 * references[0].bandwidth
@@ -270,20 +273,24 @@ def log_marginal(
     particle, shift = np.nonzero(looked_at)
     sums = [xp.zeros((b, n**3), np.float32) for _ in references]
     highest = [xp.full(b, -np.inf, np.float32) for _ in references]
-    for k, some, scores in _correlations(observation, references, precision, shifts, zeta, particle, shift):
+    round_part = [xp.zeros(b, np.float32) for _ in references]
+    for k, some, scores, means in _correlations(observation, references, precision, shifts, zeta, particle, shift):
         of = particle[some]
         these = slice(int(of[0]), int(of[-1]) + 1)
         own = xp.asarray(of - of[0])[:, None] == xp.arange(these.stop - these.start)  # of which particle each is
-        top = xp.maximum(highest[k][these], xp.where(own, _maxima(scores)[:, None], -np.inf).max(axis=0))
+        maxima = xp.where(own, _maxima(scores)[:, None], -np.inf)
+        top = xp.maximum(highest[k][these], maxima.max(axis=0))
+        round_part[k][these] = xp.where(top > highest[k][these], means[maxima.argmax(axis=0)], round_part[k][these])
         sums[k][these] *= xp.exp(highest[k][these] - top)[:, None]
         scores -= own @ top
         # Sums over the shifts as a product: a few columns are slow to add up.
         sums[k][these] += (xp.exp(scores, out=scores).reshape(n**3, -1) @ own.astype(np.float32)).T
         highest[k][these] = top
-    return [
+    marginals = [
         (xp.log(xp.maximum(total, np.finfo(np.float32).tiny)) + top[:, None]).reshape(b, n, n, n)
         for total, top in zip(sums, highest, strict=True)
     ]
+    return marginals, round_part
 
 
 def likely_shifts(
@@ -302,7 +309,7 @@ def likely_shifts(
     if (inner := [r.inner for r in references if r.inner is not None]) == [] or len(shifts) < WORTHWHILE:
         return all_of_them
     best = namespace(precision).empty((len(inner), all_of_them.size), np.float32)
-    for k, some, scores in _correlations(observation, inner, precision, shifts, zeta, *np.nonzero(all_of_them)):
+    for k, some, scores, _ in _correlations(observation, inner, precision, shifts, zeta, *np.nonzero(all_of_them)):
         best[k, some] = _maxima(scores)
     ahead = to_host(best).reshape(-1, *all_of_them.shape)
     of_class, of_all = ahead.max(axis=2, keepdims=True), ahead.max(axis=(0, 2), keepdims=True)
@@ -323,10 +330,11 @@ def _correlations(
     zeta: float,
     particle: NDArray[np.int64],
     shift: NDArray[np.int64],
-) -> Iterator[tuple[int, slice, Array]]:
+) -> Iterator[tuple[int, slice, Array, Array]]:
     """c0(R, t) - c1^2(R) / 2 - |t|^2 / (2 zeta^2) of listed particles and shifts, a few at a time and class by class.
 
-    Each time the class, which of the list, and (2L, 2L, 2L, some) float32, axes [gamma, alpha, beta].
+    Each time the class, which of the list, (2L, 2L, 2L, some) float32, axes [gamma, alpha, beta], and the mean (some,)
+    of c0 over all R.
     """
     xp, support, l_max = namespace(observation.spectra), observation.support, references[0].bandwidth
     r, device, n = references[0].coarse_r, device_of(observation.spectra), 2 * references[0].bandwidth
@@ -349,9 +357,10 @@ def _correlations(
             where = slice(start + first, start + first + len(own_prior))
             for k, reference in enumerate(references):
                 terms = _place(functions[:, :, some], reference.phases, l_max)
+                means = terms[0, 0, 0].real.copy()
                 terms += base[k] if base[k].shape[-1] == 1 else base[k][..., index]
                 terms[0, 0, 0] -= own_prior  # a constant is the term l = 0
-                yield k, where, _synthesis(terms, l_max)
+                yield k, where, _synthesis(terms, l_max), means
 
 
 def _maxima(scores: Array) -> Array:

@@ -13,7 +13,7 @@ from faml_gpu.fast_alignment.wigner import small_d_table
 from faml_gpu.profile import tally
 from faml_gpu.threads import map_threads
 
-__all__ = ["correlate", "grid_angles", "interpolate"]
+__all__ = ["at_places", "correlate", "grid_angles", "interpolate"]
 
 
 def correlate(p: Array, q: Array) -> Array:
@@ -129,6 +129,31 @@ def _interpolate_cuda(table: Array, index: Array, rotations: Array) -> Array:
         half = xp.where(over, n // 2, 0)
         out += weight * table[index, xp.clip(row, 0, n - 1), (column + half) % n, (depth + half) % n]
     return out
+
+
+def at_places(values: Array, places: Array, weights: Array) -> Array:
+    """Sums (B, n) float32 of some of the values (B, m) float32: of each of n the same `places` and `weights` (n, p)."""
+    return twin(_at_places_cpu, _at_places_cuda, values)(values, places, weights)
+
+
+def _at_places_cpu(values: Array, places: Array, weights: Array) -> Array:
+    out = np.empty((len(values), len(places)), values.dtype)
+    _at_places_loop(values, places, weights, out)
+    return out
+
+
+@numba.njit(parallel=True, nogil=True, cache=True)
+def _at_places_loop(values: Any, places: Any, weights: Any, out: Any) -> None:
+    for i in numba.prange(places.shape[0]):
+        for b in range(values.shape[0]):
+            total = values.dtype.type(0)
+            for p in range(places.shape[1]):
+                total += weights[i, p] * values[b, places[i, p]]
+            out[b, i] = total
+
+
+def _at_places_cuda(values: Array, places: Array, weights: Array) -> Array:
+    return sum(values[:, places[:, p]] * weights[:, p] for p in range(places.shape[1]))
 
 
 def grid_angles(bandwidth: int) -> tuple[Any, Any]:

@@ -39,11 +39,14 @@ def thinned(log_mass: Array, n: int, n_heaviest: int) -> tuple[Array, Array]:
     n = min(n, m)
     mass = xp.exp(log_mass - log_mass.max(axis=1, keepdims=True))
     mass /= mass.sum(axis=1, keepdims=True)
-    order = xp.argsort(mass, axis=1)
-    up_to = xp.cumsum(xp.take_along_axis(mass, order, axis=1), axis=1)
-    order, left = order[:, ::-1][:, :n], up_to[:, ::-1][:, :n]
+    # The n heaviest, in order, and what each and all lighter ones hold. (To sort them all would take most of the time.)
+    order = xp.argpartition(mass, m - n, axis=1)[:, m - n :] if n < m else xp.argsort(mass, axis=1)
+    order = xp.take_along_axis(order, xp.argsort(-xp.take_along_axis(mass, order, axis=1), axis=1), axis=1)
+    heaviest, others = xp.take_along_axis(mass, order, axis=1), mass.copy()
+    others[xp.arange(b)[:, None], order] = 0
+    left = xp.cumsum(heaviest[:, ::-1], axis=1)[:, ::-1] + others.sum(axis=1, keepdims=True)
     # Heavy if it is at least its part of what it and all lighter ones hold; the first that is not ends them.
-    heavy = xp.take_along_axis(mass, order, axis=1) * (n - xp.arange(n)) >= left
+    heavy = heaviest * (n - xp.arange(n)) >= left
     heavy = xp.cumprod(heavy | (xp.arange(n) < n_heaviest), axis=1).astype(bool)
     n_drawn = n - heavy.sum(axis=1)
     kept = xp.zeros((b, m), bool)
@@ -56,7 +59,8 @@ def thinned(log_mass: Array, n: int, n_heaviest: int) -> tuple[Array, Array]:
     drawn = steps > xp.pad(steps[:, :-1], ((0, 0), (1, 0)))
     drawn &= xp.cumsum(drawn, axis=1) <= n_drawn[:, None]  # rounding may make it one more
 
-    chosen = xp.sort(xp.argsort(-(2 * kept + drawn.astype(np.int64)), axis=1)[:, :n], axis=1)
+    rank = -(2 * kept + drawn.astype(np.int8))
+    chosen = xp.sort(xp.argpartition(rank, n - 1, axis=1)[:, :n], axis=1)
     was_kept, was_drawn = (xp.take_along_axis(x, chosen, axis=1) for x in (kept, drawn))
     own = xp.maximum(xp.take_along_axis(mass, chosen, axis=1), tiny)
     return chosen, xp.where(was_kept, 0, xp.where(was_drawn, xp.log(c / own), -np.inf))

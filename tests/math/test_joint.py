@@ -11,7 +11,7 @@ from faml_gpu.array_backend import to_host
 from faml_gpu.expectation import expectation
 from faml_gpu.fast_alignment import Observation, UnseenGain, joint, marginal
 from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
-from faml_gpu.fast_alignment.so3 import grid_angles
+from faml_gpu.fast_alignment.so3 import at_places, grid_angles
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
 from faml_gpu.io.particles import ArrayParticles
 from faml_gpu.options import Options
@@ -83,29 +83,97 @@ def grid_rotations():
 def test_marginal_is_the_voxel_sum_at_every_rotation_and_shift(case):
     shifts = marginal.shift_grid(MAX_SHIFT, 1.0)
     assert len(shifts) == 33
-    found = marginal.log_marginal(case.observation, case.references[:1], case.precision, shifts, ZETA)[0]
-    assert found.shape == (2 * L, 2 * L, 2 * L, 3)
+    [found], _ = marginal.log_marginal(case.observation, case.references[:1], case.precision, shifts, ZETA)
+    assert found.shape == (3, 2 * L, 2 * L, 2 * L)
     rotations = grid_rotations()
     some = np.random.default_rng(0).integers(0, 2 * L, (300, 3))
     for b in range(3):
         values = case.log_posterior(b, 0, rotations[tuple(some.T)], shifts)
         expected = logsumexp(values, axis=1)
-        error = found[..., b][tuple(some.T)] - expected
+        error = found[b][tuple(some.T)] - expected
         # Linear in r between shells half a voxel apart, degrees below 12 where the rule asks for 15.
         assert np.sqrt((error**2).mean()) < 0.15 * expected.std()
-        assert np.corrcoef(found[..., b][tuple(some.T)], expected)[0, 1] > 0.99
+        assert np.corrcoef(found[b][tuple(some.T)], expected)[0, 1] > 0.99
         assert expected.std() > 1
 
 
 def test_one_shift_is_one_correlation(case):
     """No sum over shifts: the log-posterior itself, at a shift that is not on any lattice."""
     shift = np.array([[0.7, -1.3, 0.4]])
-    found = marginal.log_marginal(case.observation, case.references, case.precision, shift, ZETA)[1][..., 1]
+    found = marginal.log_marginal(case.observation, case.references, case.precision, shift, ZETA)[0][1][1]
     some = np.random.default_rng(1).integers(0, 2 * L, (300, 3))
     expected = case.log_posterior(1, 1, grid_rotations()[tuple(some.T)], shift)[:, 0]
     error = found[tuple(some.T)] - expected
     assert error.std() < 0.06 * expected.std()
     assert np.corrcoef(found[tuple(some.T)], expected)[0, 1] > 0.995
+
+
+@pytest.mark.parametrize(("gain", "share"), [(3.0, (0.5, 1.0)), (60.0, (0.002, 0.3)), (1000.0, (0.002, 0.1))])
+def test_shifts_that_the_inner_shells_rule_out_do_not_matter(oracles, gain, share, monkeypatch):
+    monkeypatch.setattr(marginal, "INNER_R", 3)
+    case, zeta = Case(oracles, gain), 3.0
+    shifts = marginal.shift_grid(7.0, 1.6)
+    assert len(shifts) > 300
+    arguments = case.observation, case.references, case.precision, shifts, zeta
+    likely = marginal.likely_shifts(*arguments)
+    assert share[0] < likely.mean() <= share[1]
+    whole, some = (np.stack(marginal.log_marginal(*arguments, x)[0]) for x in (None, likely))
+    # What is behind by more than 10 nats there would have to be ahead by the outer shells.
+    near = whole > whole.max(axis=(0, 2, 3, 4), keepdims=True) - 5
+    assert abs(some - whole)[near].max() < 0.05
+
+
+def test_the_first_look_is_by_inner_shells_and_low_degrees(case, monkeypatch):
+    monkeypatch.setattr(marginal, "INNER_R", 3)
+    reference = marginal.make_joint_reference(case.grids[0], 3, R_MAX, L)
+    inner, expected = reference.inner, marginal.make_joint_reference(case.grids[0], 3, 3, marginal.INNER_L)
+    assert (inner.bandwidth, inner.coarse_r) == (6, 3)
+    assert inner.inner is None
+    m = [*range(6), *range(-5, 0)]  # without the Nyquist line
+    for name in ("phases", "powers"):
+        found, other = (getattr(x, name)[:, m] for x in (inner, expected))
+        # Of a narrower grid on the sphere, which takes part of the higher degrees for lower ones.
+        assert abs(found - other).max() < 0.05 * abs(other).max()
+
+
+def test_round_part_is_the_mean_over_all_rotations(case):
+    shift, rotations = np.array([[0.7, -1.3, 0.4]]), cell_rotations(*all_cells(2))
+    _, found = marginal.log_marginal(case.observation, case.references, case.precision, shift, ZETA)
+    for k in range(2):
+        for b in range(3):
+            weight = 2 * case.weights[case.index[b]] ** 2 * case.precision.astype(float)
+            power = np.array([(weight * abs(case.model(k, r, np.zeros(3))) ** 2).sum() for r in rotations])
+            c0 = case.log_posterior(b, k, rotations, shift)[:, 0] + 0.5 * power + (shift**2).sum() / (2 * ZETA**2)
+            assert found[k][b] == pytest.approx(c0.mean(), abs=0.03 * c0.std())
+            assert c0.std() > 1
+
+
+def test_a_round_structure_tells_nothing_by_turning(oracles):
+    case = Case(oracles, 400.0)
+    centres, *rest = case.structures[0]
+    case.structures[0] = (0 * centres, *rest)
+    volume = oracles.blob_volume(BOX, *case.structures[0]).astype(np.float32)
+    reference = marginal.make_joint_reference(fourier.interpolation_grid(volume, R_MAX, 3), 3, R_MAX, L)
+    clean = np.stack([case.model(0, np.eye(3), t) for t in case.shifts])
+    case.observation = case.observe(clean)
+    gains = [
+        (case.weights[i] ** 2 * case.precision * abs(x) ** 2).sum() for i, x in zip(case.index, clean, strict=True)
+    ]
+    _, [round_part] = marginal.log_marginal(case.observation, [reference], case.precision, case.shifts[:1], ZETA)
+    squared = case.weights**2 * case.precision
+    scorer = joint._Scorer(case.observation, reference, squared, 2.0, ZETA, 0.5, 1, np.eye(3)[None], 0.0, round_part)
+    which = (*(np.full((3, 1), x) for x in (3, 40, 5)), np.zeros((3, 1)))
+    cells = joint._score_cells(
+        scorer,
+        which,
+        np.ones((3, 1), bool),
+        np.tile(case.shifts[:1], (3, 1, 1)),
+        np.full((3, 1), 0.5),
+        np.zeros((3, 1), int),
+    )
+    told = scorer.told_by_turning(cells)
+    assert (np.array(gains) > 100).all()
+    assert (told < 0.02 * np.array(gains)).all()
 
 
 def test_hermitian_half_is_the_complex_sum(case):
@@ -167,7 +235,9 @@ def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
     matrix = rng.standard_normal((3, 3))
     values = (euler_to_matrix(np.stack([a, b, g], axis=-1)) * matrix).sum(axis=(-2, -1)).ravel()
     expected = (cell_rotations(np.full(len(pixel), level), pixel, turn) * matrix).sum(axis=(-2, -1))
-    error = (values[places] * weights).sum(axis=1) - expected
+    found = at_places(np.stack([values, 2 * values]).astype(np.float32), places, weights)
+    np.testing.assert_allclose(found[1], 2 * (values[places] * weights).sum(axis=1), atol=1e-5)
+    error = found[0] - expected
     # Linear over a step of pi / L, of a function of degree 1: step^2 / 8 of it along each of three axes.
     assert abs(error).max() < 3 / 8 * (np.pi / bandwidth) ** 2 * abs(expected).max()
 
@@ -487,7 +557,7 @@ def test_inner_shells_only(case):
     )
     weight = case.weights**2 * case.precision
     group = np.eye(3)[None]
-    scorer = joint._Scorer(observation, case.references[0], weight, MAX_SHIFT, ZETA, 0.8, 1, group, 0.0)
+    scorer = joint._Scorer(observation, case.references[0], weight, MAX_SHIFT, ZETA, 0.8, 1, group, 0.0, np.zeros(3))
     inner = scorer.within(3)
     assert inner.fine == pytest.approx(min(BOX / (joint.FINE_STEP * 3), MAX_SHIFT / 2))
     assert inner.reach == int(np.ceil(MAX_SHIFT / inner.fine))
@@ -507,10 +577,10 @@ def test_inner_shells_only(case):
 def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
     shifts = marginal.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references, case.precision, shifts, ZETA
-    whole, found = marginal.log_marginal(*arguments), case.integrate()
+    whole, found = marginal.log_marginal(*arguments)[0], case.integrate()
     for module in (joint, marginal):
         monkeypatch.setattr(module, "working_bytes", lambda _: 1)  # one particle, one shift, one rotation at a time
-    np.testing.assert_allclose(marginal.log_marginal(*arguments), whole, atol=2e-3)
+    np.testing.assert_allclose(marginal.log_marginal(*arguments)[0], whole, atol=2e-3)
     again = case.integrate()
     np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)
     np.testing.assert_allclose(again[1][:, :20], found[1][:, :20], atol=5e-3)
