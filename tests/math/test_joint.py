@@ -222,6 +222,15 @@ def test_cells_are_equal_and_made_of_their_children(rng):
     assert rotation_angle(mean / np.cbrt(np.linalg.det(mean))[:, None, None], rotations).max() < 4
 
 
+def test_children_lie_within_cells_however_fine(rng):
+    level = np.arange(1, 14).repeat(50)
+    pixel, turn = rng.integers(0, 12 * 4**level), rng.integers(0, 6 * 2**level)
+    angles = rotation_angle(
+        cell_rotations(*cell_children(level, pixel, turn)), cell_rotations(level, pixel, turn)[:, None]
+    )
+    assert (angles < 0.8 * 60 * 0.5 ** level[:, None]).all()
+
+
 @pytest.mark.parametrize("bandwidth", [4, 8, 9, 12])
 def test_euler_grid_is_interpolated_at_the_cells(bandwidth, rng):
     level = joint._first_level(bandwidth)
