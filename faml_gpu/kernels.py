@@ -16,7 +16,6 @@ __all__ = [
     "MAX_ROWS",
     "MAX_THREADS",
     "SHARED_BYTES",
-    "SHIFTS",
     "THREADS",
     "compile_all",
     "files",
@@ -32,7 +31,7 @@ MAX_THREADS = 256  # of a block: that of common.cuh, for which the compiler leav
 THREADS = {
     "rotate": 256,
     "residual": 256,
-    "residual_shifts": 256,
+    "normal_equations": 256,
     "accumulate": 128,
     "assign": 256,
     "cross": 256,
@@ -40,7 +39,6 @@ THREADS = {
     "so3_maxima": 256,
     "so3_select": 256,
 }
-SHIFTS = 6  # of one rotation that a block of residual_shifts takes: that of residual.cu
 SHARED_BYTES = 48 << 10  # of a block, that every card has
 MAX_ROWS = 65535  # of a grid's y axis
 

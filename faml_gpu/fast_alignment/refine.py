@@ -16,6 +16,8 @@ from faml_gpu.fast_alignment.align import Candidates, Observation, Reference, ma
 __all__ = ["carry_over", "refine"]
 
 ROUNDS = 2
+REACH = 1.5  # half steps of the rotational grid, and eighths of the finest wave: the longest step along an axis
+DAMPING = 0.01  # of the curvature
 
 
 def carry_over(
@@ -57,8 +59,9 @@ def refine(
     Which these are is looked at among twice as many, the first by `gain`, and those whose gain is not known. Of them,
     those too far behind the best stay as they are.
 
-    Each round evaluates the residual a step to either side along the three rotation axes and the three shifts, and
-    goes to the vertex of the parabola along each. A move that does not lower the residual is taken back.
+    Each round is a step of Gauss and Newton in the three rotations and three shifts at once, no longer than about a
+    step of the rotational grid and a fifth of the finest wave, then half of that. Of the poses it goes through each
+    candidate takes that of the least residual.
 
     Parameters
     ----------
@@ -74,20 +77,18 @@ def refine(
     by_shell = xp.zeros(support.r_max + 1)
     by_shell[1:] = precision[xp.asarray(support.shell_start[1:-1])]
 
+    amplitudes = observation.weights * xp.sqrt(precision)
+
     def score(rotations: Array, shifts: Array, count: Array) -> Array:
-        shells = ops.residual(
-            reference.grid,
-            observation.spectra,
-            observation.weights,
-            observation.weight_index,
-            xp.ascontiguousarray(rotations),
-            xp.ascontiguousarray(shifts),
-            count,
-            support,
-            reference.padding,
-        )
-        expected = 2 * observation.expected_gain(rotations)
-        return shells @ by_shell - (expected if shifts.ndim == 3 else expected[..., None])
+        at = xp.ascontiguousarray(rotations), xp.ascontiguousarray(shifts), count, support, reference.padding
+        particles = observation.spectra, observation.weights, observation.weight_index
+        shells = ops.residual(reference.grid, *particles, *at)
+        return shells @ by_shell - 2 * observation.expected_gain(rotations)
+
+    def equations(rotations: Array, shifts: Array, count: Array) -> Array:
+        at = xp.ascontiguousarray(rotations), xp.ascontiguousarray(shifts), count, support, reference.padding
+        particles = observation.spectra, amplitudes, observation.weight_index
+        return ops.normal_equations(reference.grid, *particles, *at)
 
     with step("refine"):
         b, n = candidates.rotations.shape[:2]
@@ -106,27 +107,21 @@ def refine(
         highest = gain[rows, top[:, :1]]
         moved = (gain[rows, top] >= highest - margin(highest)) & (xp.arange(m) < count[:, None])
         count = moved.sum(axis=1)  # those that are moved come first
+        tried, values = [(rotations, shifts)], [best]
+        angle, length = np.deg2rad(90 / reference.bandwidth), support.box / (8 * support.r_max)
         for i in range(ROUNDS):
-            angle = np.deg2rad(180 / reference.bandwidth) / 2 ** (i + 1)
-            length = support.box / (8 * support.r_max) / 2**i
-            turns, moves = _probes(angle, length)
-            turned = _product(xp.asarray(turns), rotations[:, :, None]).reshape(b, m * 6, 3, 3)
-            of_turns = score(turned, xp.repeat(shifts, 6, axis=1), 6 * count).reshape(b, m, 6)
-            of_moves = score(rotations, shifts[:, :, None] + xp.asarray(moves), count)
-            values = xp.concatenate([of_turns, of_moves], axis=2).reshape(b, m, 6, 2)
-            low, high = values[..., 0], values[..., 1]
-            curvature = low + high - 2 * best[..., None]
-            offset = xp.where(curvature > 0, 0.5 * (low - high) / xp.where(curvature > 0, curvature, 1), 0)
-            offset = xp.clip(xp.nan_to_num(offset), -1.5, 1.5)
-            new_r = _product(_exponential(offset[..., :3] * angle), rotations)
-            new_t = shifts + offset[..., 3:] * length
-            norm = xp.sqrt((new_t**2).sum(axis=-1, keepdims=True))
-            new_t = xp.where(norm > max_shift, new_t * (max_shift / xp.where(norm > 0, norm, 1)), new_t)
-            value = score(new_r, new_t, count)
-            better = moved & (value < best)
-            rotations = xp.where(better[..., None, None], new_r, rotations)
-            shifts = xp.where(better[..., None], new_t, shifts)
-            best = xp.where(better, value, best)
+            sums = equations(*tried[-1], count)
+            if i:
+                values.append(sums[..., 6, 6] - 2 * observation.expected_gain(tried[-1][0]))
+            turn, move = _newton(sums, REACH * angle / 2**i, REACH * length / 2**i)
+            rotations, shifts = _product(_exponential(turn), tried[-1][0]), tried[-1][1] + move
+            norm = xp.sqrt((shifts**2).sum(axis=-1, keepdims=True))
+            shifts = xp.where(norm > max_shift, shifts * (max_shift / xp.where(norm > 0, norm, 1)), shifts)
+            tried.append((rotations, shifts))
+        values.append(score(*tried[-1], count))
+        least = xp.where(moved, xp.stack(values).argmin(axis=0), 0), rows, xp.arange(m)
+        rotations, shifts = (xp.stack(poses)[least] for poses in zip(*tried, strict=True))
+        best = xp.stack(values)[least]
         moved_r, moved_t = candidates.rotations.copy(), candidates.shifts.copy()
         moved_r[rows, top], moved_t[rows, top] = rotations, shifts
         gain[rows, top] = 0.5 * (nothing - best)
@@ -140,10 +135,21 @@ def _without_reference(observation: Observation, precision: Array) -> Array:
     return 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
 
 
-def _probes(angle: float, length: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A step back and forth along each rotation axis, (6, 3, 3), and along each shift, (6, 3)."""
-    back_and_forth = np.repeat(np.eye(3), 2, axis=0) * np.tile([[-1.0], [1.0]], (3, 1))
-    return _exponential(back_and_forth * angle), back_and_forth * length
+def _newton(equations: Array, angle: float, length: float) -> tuple[Array, Array]:
+    """Rotation vectors and shifts (..., 3) that solve `ops.normal_equations`, shortened to at most these along an axis.
+
+    With a hundredth of each diagonal entry added to it (Levenberg and Marquardt): a structure that looks the same from
+    all sides has no curvature to tell rotations by.
+    """
+    xp = namespace(equations)
+    i = xp.arange(6)
+    curvature = equations[..., :6, :6].copy()
+    diagonal = curvature[..., i, i]
+    curvature[..., i, i] = xp.where(diagonal > 0, (1 + DAMPING) * diagonal, 1)
+    step = xp.linalg.solve(curvature, equations[..., :6, 6:])[..., 0]
+    longest = xp.asarray(np.repeat([angle, length], 3))
+    step *= 1 / xp.maximum((abs(step) / longest).max(axis=-1, keepdims=True), 1)
+    return step[..., :3], step[..., 3:]
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-__all__ = ["GATHER_FLOPS", "U", "sample_complex", "sample_real"]
+__all__ = ["GATHER_FLOPS", "U", "sample_complex", "sample_gradient", "sample_real"]
 
 GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
 
@@ -42,58 +42,108 @@ def _cell(c: int, x: Any, y: Any, z: Any) -> Any:
     return sign, x0, x1, y0, y1, z0, z1, a, b, d, e, fx
 
 
+def _taken(builder: Any, vector: Any, places: list[int]) -> Any:
+    """Some numbers of a vector."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def _all_of(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector of one number."""
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return _taken(builder, one, [0] * kind.count)
+
+
+def _sum_of_edges(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+    """The vector (re, im at x0, re, im at x1): the sum over four edges of weight times value at each of them.
+
+    given: flat grid, place of each edge, weight of each. Both values of an edge are complex, next to each other, and
+    come in one load; four multiplications make one instruction. LLVM does not find that by itself.
+    """
+    data, real = context.make_array(signature.args[0])(context, builder, given[0]).data, signature.args[0].dtype
+    edge = ir.VectorType(context.get_value_type(real), 4)
+
+    def weighted(place: Any, weight: Any) -> Any:
+        pointer = builder.bitcast(builder.gep(data, [place], inbounds=True), edge.as_pointer())
+        loaded = builder.load(pointer)
+        loaded.align = real.bitwidth // 8
+        return builder.fmul(loaded, _all_of(builder, weight, edge), flags=CONTRACT)
+
+    total = weighted(given[1], given[5])
+    for place, weight in zip(given[2:5], given[6:9], strict=True):
+        total = builder.fadd(total, weighted(place, weight), flags=CONTRACT)
+    return total
+
+
+def _as_tuple(context: Any, builder: Any, signature: Any, vector: Any) -> Any:
+    parts = [builder.extract_element(vector, ir.Constant(ir.IntType(32), i)) for i in range(vector.type.count)]
+    return context.make_tuple(builder, signature.return_type, parts)
+
+
 @_intrinsic
-def _two_columns(
+def _between_columns(
     typing: Any, grid: Any, at00: Any, at10: Any, at01: Any, at11: Any, a: Any, b: Any, d: Any, e: Any, fx: Any
 ) -> Any:
-    """(re, im) between x0 and x1: the sum over four edges of weight times value at each of them, then along x.
-
-    Both values of an edge are complex, next to each other, and come in one load; four multiplications make one
-    instruction. LLVM does not find that by itself. at: places of the edges in the flat grid.
-    """
-    real = grid.dtype
+    """(re, im) between x0 and x1. at: places of the edges in the flat grid; a, b, d, e: their weights."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, given[0]).data
-        number, count = context.get_value_type(real), ir.IntType(32)
-        pair, edge = ir.VectorType(number, 2), ir.VectorType(number, 4)
-
-        def take(vector: Any, places: list[int]) -> Any:
-            mask = ir.Constant(ir.VectorType(count, len(places)), places)
-            return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
-
-        def all_of(value: Any, kind: Any) -> Any:
-            one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(count, 0))
-            return take(one, [0] * kind.count)
-
-        def weighted(place: Any, weight: Any) -> Any:
-            pointer = builder.bitcast(builder.gep(data, [place], inbounds=True), edge.as_pointer())
-            loaded = builder.load(pointer)
-            loaded.align = real.bitwidth // 8
-            return builder.fmul(loaded, all_of(weight, edge), flags=CONTRACT)
-
-        total = weighted(given[1], given[5])
-        for place, weight in zip(given[2:5], given[6:9], strict=True):
-            total = builder.fadd(total, weighted(place, weight), flags=CONTRACT)
-        low, high = take(total, [0, 1]), take(total, [2, 3])
-        step = builder.fmul(all_of(given[9], pair), builder.fsub(high, low, flags=CONTRACT), flags=CONTRACT)
-        found = builder.fadd(low, step, flags=CONTRACT)
-        parts = [builder.extract_element(found, ir.Constant(count, i)) for i in range(2)]
-        return context.make_tuple(builder, signature.return_type, parts)
+        total = _sum_of_edges(context, builder, signature, given)
+        low, high = _taken(builder, total, [0, 1]), _taken(builder, total, [2, 3])
+        step = builder.fmul(
+            _all_of(builder, given[9], low.type), builder.fsub(high, low, flags=CONTRACT), flags=CONTRACT
+        )
+        return _as_tuple(context, builder, signature, builder.fadd(low, step, flags=CONTRACT))
 
     two: Any = types.UniTuple
-    return two(real, 2)(grid, at00, at10, at01, at11, a, b, d, e, fx), generate
+    return two(grid.dtype, 2)(grid, at00, at10, at01, at11, a, b, d, e, fx), generate
+
+
+@_intrinsic
+def _two_columns(
+    typing: Any, grid: Any, at00: Any, at10: Any, at01: Any, at11: Any, a: Any, b: Any, d: Any, e: Any
+) -> Any:
+    """(re, im) at x0 and (re, im) at x1."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return _as_tuple(context, builder, signature, _sum_of_edges(context, builder, signature, given))
+
+    four: Any = types.UniTuple
+    return four(grid.dtype, 4)(grid, at00, at10, at01, at11, a, b, d, e), generate
+
+
+@numba.njit(inline="always", cache=True)
+def _edges(c: int, x0: Any, y0: Any, z0: Any) -> Any:
+    """Places in the flat complex grid of the four edges of a cell."""
+    line = np.int64(2 * (c + 1))
+    plane = line * np.int64(2 * c + 1)
+    at = np.int64(z0) * plane + np.int64(y0) * line + np.int64(2 * x0)
+    return at, at + line, at + plane, at + plane + line
 
 
 @numba.njit(inline="always", cache=True)
 def sample_complex(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
     """(re, im) at (x, y, z) of a centred half grid (2c + 1, 2c + 1, c + 1, 2); x < 0 by Hermitian symmetry."""
     sign, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(c, x, y, z)
-    line = np.int64(2 * (c + 1))
-    plane = line * np.int64(2 * c + 1)
-    at = np.int64(z0) * plane + np.int64(y0) * line + np.int64(2 * x0)
-    re, im = _two_columns(grid, at, at + line, at + plane, at + plane + line, a, b, d, e, fx)
+    at00, at10, at01, at11 = _edges(c, x0, y0, z0)
+    re, im = _between_columns(grid, at00, at10, at01, at11, a, b, d, e, fx)
     return re, sign * im
+
+
+@numba.njit(inline="always", cache=True)
+def sample_gradient(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
+    """As `sample_complex`, (re, im), and the derivatives of that along x, y and z, (re, im) each."""
+    sign, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(c, x, y, z)
+    at00, at10, at01, at11 = _edges(c, x0, y0, z0)
+    low_re, low_im, high_re, high_im = _two_columns(grid, at00, at10, at01, at11, a, b, d, e)
+    x_re, x_im = high_re - low_re, high_im - low_im
+    # What multiplies a difference along y, and one along z.
+    below, above, back, front = a + b, d + e, a + d, b + e
+    y0_re, y0_im, y1_re, y1_im = _two_columns(grid, at00, at10, at01, at11, -below, below, -above, above)
+    z0_re, z0_im, z1_re, z1_im = _two_columns(grid, at00, at10, at01, at11, -back, -front, back, front)
+    y_re, y_im = y0_re + fx * (y1_re - y0_re), y0_im + fx * (y1_im - y0_im)
+    z_re, z_im = z0_re + fx * (z1_re - z0_re), z0_im + fx * (z1_im - z0_im)
+    # f(-u) = conj f(u): of the derivatives the real part changes its sign.
+    return low_re + fx * x_re, sign * (low_im + fx * x_im), sign * x_re, x_im, sign * y_re, y_im, sign * z_re, z_im
 
 
 @numba.njit(inline="always", cache=True)

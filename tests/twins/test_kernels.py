@@ -12,7 +12,8 @@ from faml_gpu.fourier import make_support
 # Which kernels the CUDA twin of each operation launches.
 KERNELS = {
     "rotate": {"rotate"},
-    "residual": {"residual", "residual_shifts"},
+    "residual": {"residual"},
+    "normal_equations": {"normal_equations"},
     "accumulate": {"accumulate"},
     "assign": {"assign"},
     "cross": {"cross"},
@@ -52,10 +53,8 @@ def calls():
     pose, one = (eye[None], nothing[None]), np.ones(1, np.int64)
     return {
         "rotate": [(grid, eye, support.coords, 1)],
-        "residual": [
-            (grid, spectra, abs(spectra), zero, *pose, one, support, 1),
-            (grid, spectra, abs(spectra), zero, eye[None], np.zeros((1, 1, 2, 3)), one, support, 1),
-        ],
+        "residual": [(grid, spectra, abs(spectra), zero, *pose, one, support, 1)],
+        "normal_equations": [(grid, spectra, abs(spectra), zero, *pose, one, support, 1)],
         "accumulate": [(grid[None], abs(grid)[None], zero, zero, zero, eye, nothing, np.ones(1), support, 1, 1)],
         "assign": [(eye, nothing, *pose, one, 1.0)],
         "cross": [(grid, spectra, abs(spectra), zero, zero, eye, nothing, support, 1)],
@@ -126,7 +125,6 @@ def test_the_launcher_counts_arguments_and_shared_memory(emulated_gpu):
 def test_the_launcher_refuses_larger_blocks_than_compiled_for(emulated_gpu, monkeypatch):
     import cupy
 
-    assert f"SHIFTS = {kernels.SHIFTS};" in (kernels.folder() / "residual.cu").read_text()
     assert f"MAX_THREADS = {kernels.MAX_THREADS};" in (kernels.folder() / "common.cuh").read_text()
     monkeypatch.setitem(kernels.THREADS, "rotate", 2 * kernels.MAX_THREADS)
     with pytest.raises(ValueError, match="rotate: found 512 threads a block, expected at most 256"):

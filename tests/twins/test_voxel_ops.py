@@ -1,7 +1,8 @@
-"""rotate, residual, cross and accumulate on every executor, against float64 sums written out."""
+"""rotate, residual, normal equations, cross and accumulate on every executor, against float64 sums written out."""
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from faml_gpu import kernels
 from faml_gpu.fourier import make_support
@@ -97,26 +98,6 @@ def test_residual(run, n_particles, n_poses, box, r_max, padding, dtype, rng, or
         assert (found[b, n:] == 0).all()
 
 
-@pytest.mark.parametrize("n_shifts", [1, 3, 6, 8])
-def test_residual_of_several_shifts_of_each_rotation(run, n_shifts, rng, oracles):
-    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
-    c["count"][:] = [4, 0, 2]
-    c["shifts"] = rng.uniform(-3, 3, (3, 4, n_shifts, 3))
-    found = run("residual", *c.values())
-    assert found.shape == (3, 4, n_shifts, 6)
-    for q in range(n_shifts):
-        one = c | {"shifts": np.ascontiguousarray(c["shifts"][:, :, q])}
-        assert oracles.relative(found[:, :, q], literal_residual(oracles, one)) < BOUND[np.complex64]
-
-
-def test_residual_of_several_shifts_whose_tables_do_not_fit(run, rng, oracles, monkeypatch):
-    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
-    c["shifts"] = rng.uniform(-3, 3, (3, 4, 2, 3))
-    expected = run("residual", *c.values())
-    monkeypatch.setattr(kernels, "SHARED_BYTES", 3 * 11 * 8)  # of one
-    assert oracles.relative(run("residual", *c.values()), expected) < BOUND[np.complex64]
-
-
 def test_residual_of_shells_larger_than_a_block(run, rng, oracles):
     c = case(oracles, rng, 24, 11, 1, np.complex64, 1, 2)
     assert oracles.relative(run("residual", *c.values()), literal_residual(oracles, c)) < BOUND[np.complex64]
@@ -139,6 +120,88 @@ def test_residual_without_candidates(run, rng, oracles):
     for name in ("spectra", "weight_index", "rotations", "shifts", "count"):
         c[name] = c[name][:0]
     assert run("residual", *c.values()).shape == (0, 4, 6)
+
+
+def gradients(cube, points, step=1e-6):
+    """Of the trilinear interpolant, (n, 3): what its cells' corners say, by differences within a cell."""
+    low = np.floor(points)
+    inside = np.clip(points, low + 2 * step, low + 1 - 2 * step)
+    sides = [step * e for e in np.eye(3)]
+    return np.stack([(cube(inside + e) - cube(inside - e)) / (2 * step) for e in sides], axis=-1)
+
+
+def literal_equations(oracles, c):
+    """By the chain rule: the model at exp([omega]) R and t + tau, differentiated by omega and tau at 0."""
+    cube = oracles.cube_of_grid(c["grid"].astype(complex))
+    support, xi = c["support"], c["support"].coords.astype(float)
+    out = np.zeros((*c["shifts"].shape[:2], 7, 7))
+    for b, i in np.ndindex(out.shape[:2]):
+        if i < c["count"][b]:
+            r, w = c["rotations"][b, i], c["weights"][c["weight_index"][b]].astype(float)
+            points = c["padding"] * xi @ r
+            phase = oracles.phase(xi, c["shifts"][b, i], support.box)
+            model = oracles.sample(cube, points) * phase
+            slope = gradients(lambda x: oracles.sample(cube, x), points)
+            g = []
+            for axis in np.eye(3):
+                moved = c["padding"] * np.cross(xi, axis) @ r  # exp(-[omega]) xi = xi + xi x omega
+                g.append((slope * moved).sum(axis=1) * phase)
+            g += [-2j * np.pi / support.box * xi[:, axis] * model for axis in range(3)]
+            g = w * np.stack([*g, c["spectra"][b] - model])
+            out[b, i] = 2 * (g.conj() @ g.T).real
+    return out
+
+
+# Differences of values and a fraction of a step that is a difference too: each costs a digit of `BOUND`'s.
+EQUATIONS = {np.complex64: 5e-5, np.complex128: 1e-8}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
+@pytest.mark.parametrize(("n_particles", "n_poses"), [(3, 5), (1, 1)])
+def test_normal_equations(run, n_particles, n_poses, box, r_max, padding, dtype, rng, oracles):
+    c = case(oracles, rng, box, r_max, padding, dtype, n_particles, n_poses)
+    found, expected = run("normal_equations", *c.values()), literal_equations(oracles, c)
+    assert found.dtype == np.float64
+    assert found.shape == (n_particles, n_poses, 7, 7)
+    for p, q in np.ndindex(7, 7):
+        size = np.sqrt(expected[..., p, p] * expected[..., q, q]).max()
+        assert abs(found[..., p, q] - expected[..., p, q]).max() <= EQUATIONS[dtype] * size, (p, q)
+    for b, n in enumerate(c["count"]):
+        assert (found[b, n:] == 0).all()
+
+
+def test_normal_equations_of_more_voxels_than_a_run(run, rng, oracles):
+    c = case(oracles, rng, 24, 11, 1, np.complex64, 1, 2)
+    assert oracles.relative(run("normal_equations", *c.values()), literal_equations(oracles, c)) < 5e-5
+
+
+def test_normal_equations_end_with_the_residual(run, rng, oracles):
+    c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+    found = run("normal_equations", *c.values())[..., 6, 6]
+    assert oracles.relative(found, literal_residual(oracles, c).sum(axis=-1)) < BOUND[np.complex64]
+
+
+def test_normal_equations_find_the_way_back(run, rng, oracles):
+    """A step of them from nearby ends nearer; of a grid that is smooth, so that its slope says where things lie."""
+    support, padding = make_support(16, 5), 2
+    centre = np.arange(-11, 12)
+    z, y, x = np.meshgrid(centre, centre, np.arange(12), indexing="ij")
+    waves = rng.standard_normal((6, 3)) * 0.25
+    grid = sum(np.exp(1j * (k[0] * x + k[1] * y + k[2] * z)) for k in waves)
+    r, t = random_rotations(1, rng)[0], rng.uniform(-1, 1, 3)
+    cube = oracles.cube_of_grid(grid)
+    xi = support.coords.astype(float)
+    spectra = oracles.sample(cube, padding * xi @ r) * oracles.phase(xi, t, 16)
+    omega, tau = np.array([0.02, -0.015, 0.01]), np.array([0.1, -0.05, 0.08])
+    turned = Rotation.from_rotvec(-omega).as_matrix() @ r
+    found = run(
+        "normal_equations", grid, spectra[None], np.ones((1, len(support))), np.zeros(1, np.int64), turned[None, None],
+        (t - tau)[None, None], np.ones(1, np.int64), support, padding,
+    )[0, 0]  # fmt: skip
+    step = np.linalg.solve(found[:6, :6], found[:6, 6])
+    for part, whole in ((step[:3], omega), (step[3:], tau)):
+        assert np.linalg.norm(part - whole) < 0.25 * np.linalg.norm(whole)
 
 
 def test_residual_ignores_unobserved_voxels(run, rng, oracles):
@@ -260,11 +323,12 @@ def spoiled(array, how):
 
 @pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
 @pytest.mark.parametrize("name", WRONG_RESIDUAL)
-def test_residual_refuses(run, name, how, rng, oracles):
+@pytest.mark.parametrize("op", ["residual", "normal_equations"])
+def test_residual_refuses(run, op, name, how, rng, oracles):
     c = case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
     c[name] = spoiled(c[name], how)
     with pytest.raises((TypeError, ValueError), match=name):
-        run("residual", *c.values())
+        run(op, *c.values())
 
 
 @pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
@@ -327,6 +391,7 @@ def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
         ("accumulate", "grids", lambda a: a[:, :-1].copy()),
         ("accumulate", "grids", lambda a: a[:, :-2, :-2, :-1].copy()),
         ("cross", "grid", lambda a: a[:-2, :-2, :-1].copy()),
+        ("normal_equations", "grid", lambda a: a[:-1].copy()),
         ("residual", "grid", lambda a: a[:-1].copy()),
         ("residual", "grid", lambda a: a[:-2, :-2, :-1].copy()),
     ],
