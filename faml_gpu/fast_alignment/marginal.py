@@ -64,8 +64,8 @@ class JointReference(Reference):
         whole, pairs = _pairs(self.bandwidth), _pairs(INNER_L)
         place = {pair: i for i, pair in enumerate(zip(whole.m.tolist(), whole.l.tolist(), strict=True))}
         rows = np.array([place[pair] for pair in zip(pairs.m.tolist(), pairs.l.tolist(), strict=True)])
-        at = np.ix_(rows, np.roll(m, INNER_L) % (2 * self.bandwidth), np.arange(PER_VOXEL * (INNER_R - 1) + 1))
-        xp = namespace(self.phases)
+        xp, shells = namespace(self.phases), np.arange(PER_VOXEL * (INNER_R - 1) + 1)
+        at = tuple(xp.asarray(i) for i in np.ix_(rows, np.roll(m, INNER_L) % (2 * self.bandwidth), shells))
         phases, powers = (xp.ascontiguousarray(x[at]) for x in (self.phases, self.powers))
         return replace(self, bandwidth=INNER_L, phases=phases, powers=powers, coarse_r=INNER_R)
 

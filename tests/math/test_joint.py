@@ -596,10 +596,14 @@ def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
 
 
 @pytest.mark.parametrize("screen", [None, 3])
-def test_on_a_gpu_the_same(case, emulated_gpu, nothing_drawn, screen, monkeypatch):
+def test_on_a_gpu_the_same(oracles, emulated_gpu, nothing_drawn, screen, monkeypatch):
     import cupy
 
     monkeypatch.setattr(joint, "screen_band", lambda r_max: screen)
+    if screen is not None:  # a first look at the shifts too
+        monkeypatch.setattr(marginal, "INNER_R", screen)
+        monkeypatch.setattr(marginal, "WORTHWHILE", 1)
+    case = Case(oracles, 12.0)
     found = case.integrate(n=40)
     o = case.observation
     joint.forget_tables()
