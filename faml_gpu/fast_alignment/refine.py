@@ -113,6 +113,7 @@ def refine(
             sums = equations(*tried[-1], count)
             if i:
                 values.append(sums[..., 6, 6] - 2 * observation.expected_gain(tried[-1][0]))
+            sums[..., :3, 6] += _slope_of_gain(observation, tried[-1][0], angle)
             turn, move = _newton(sums, REACH * angle / 2**i, REACH * length / 2**i)
             rotations, shifts = _product(_exponential(turn), tried[-1][0]), tried[-1][1] + move
             norm = xp.sqrt((shifts**2).sum(axis=-1, keepdims=True))
@@ -133,6 +134,16 @@ def _without_reference(observation: Observation, precision: Array) -> Array:
     """The residual (B,) of no reference at all: sum of w^2 |X|^2 / sigma^2."""
     weight = observation.weights[observation.weight_index] ** 2 * precision
     return 2 * (weight * abs(observation.spectra) ** 2).sum(axis=1, dtype=np.float64)
+
+
+def _slope_of_gain(observation: Observation, rotations: Array, angle: float) -> Array:
+    """Of what is unseen, (b, m, 3), along rotation vectors: from a step back and one forth."""
+    b, m = rotations.shape[:2]
+    back_and_forth = np.repeat(np.eye(3), 2, axis=0) * np.tile([[-angle], [angle]], (3, 1))
+    turns = namespace(rotations).asarray(_exponential(back_and_forth))
+    turned = _product(turns, rotations[:, :, None]).reshape(b, m * 6, 3, 3)
+    gain = observation.expected_gain(turned).reshape(b, m, 3, 2)
+    return (gain[..., 1] - gain[..., 0]) / (2 * angle)
 
 
 def _newton(equations: Array, angle: float, length: float) -> tuple[Array, Array]:
