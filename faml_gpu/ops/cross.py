@@ -11,6 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
+from faml_gpu.ops._phases import fill_phases
 from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
 from faml_gpu.profile import tally
 
@@ -166,11 +167,7 @@ def _cross_loop(
         r, centre, crop = rotations[e], centres[e], crops[e]
         crop[:] = 0
         phase = np.empty((3, side, 2), grid.dtype)
-        for axis in range(3):
-            for k in range(-r_max, r_max + 1):
-                angle = 2 * np.pi * k * centre[axis] / box
-                phase[axis, k + r_max, 0] = np.cos(angle)
-                phase[axis, k + r_max, 1] = np.sin(angle)
+        fill_phases(phase, centre, box)
         x_particle, w_particle = spectra[particle[e]], weights[weight_index[particle[e]]]
         total = 0.0
         for row in range(rows.shape[0]):

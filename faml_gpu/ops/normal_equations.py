@@ -11,6 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
+from faml_gpu.ops._phases import fill_phases
 from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_gradient
 from faml_gpu.profile import tally
 
@@ -154,13 +155,8 @@ def _normal_equations_loop(
         if i >= count[b]:
             continue
         r = rotations[b, i]
-        # exp(-2 pi i k t / N) per axis: xi is on the lattice, so the phase is a product of three table entries.
         phase = np.empty((3, side, 2), grid.dtype)
-        for axis in range(3):
-            for k in range(-r_max, r_max + 1):
-                angle = -2 * np.pi * k * shifts[b, i, axis] / box
-                phase[axis, k + r_max, 0] = np.cos(angle)
-                phase[axis, k + r_max, 1] = np.sin(angle)
+        fill_phases(phase, shifts[b, i], -box)
         x_particle, w_particle = spectra[b], weights[weight_index[b]]
         g, total = np.empty((7, 2, side), grid.dtype), np.zeros((7, 7))  # w times the seven, along a row
         for row in range(rows.shape[0]):

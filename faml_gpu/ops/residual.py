@@ -11,6 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
+from faml_gpu.ops._phases import fill_phases
 from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
 from faml_gpu.profile import tally
 
@@ -150,13 +151,8 @@ def _residual_loop(
         if i >= count[b]:
             continue
         r, sums = rotations[b, i], out[b, i]
-        # exp(-2 pi i k t / N) per axis: xi is on the lattice, so the phase is a product of three table entries.
         phase = np.empty((3, side, 2), grid.dtype)
-        for axis in range(3):
-            for k in range(-r_max, r_max + 1):
-                angle = -2 * np.pi * k * shifts[b, i, axis] / box
-                phase[axis, k + r_max, 0] = np.cos(angle)
-                phase[axis, k + r_max, 1] = np.sin(angle)
+        fill_phases(phase, shifts[b, i], -box)
         x_particle, w_particle = spectra[b], weights[weight_index[b]]
         for row in range(rows.shape[0]):
             kx, ky, first, start, stop = rows[row]
