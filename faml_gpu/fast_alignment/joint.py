@@ -146,7 +146,7 @@ class _Scorer:
     n_shifts: int  # best shifts kept of each rotation
     group: Array  # (g, 3, 3): of the reference
     slack: float  # degrees outside the asymmetric unit up to which there are cells
-    round_part: Array  # (B,): mean of c0 over all rotations
+    round_part: Array  # (B,): mean of c0 over all rotations, of `log_marginal`
 
     def within(self, r_max: int) -> _Scorer:
         """By the shells up to a radius only, at shifts as far apart as these allow."""
@@ -165,10 +165,11 @@ class _Scorer:
         return None if inner is None else self.within(inner)
 
     def told_by_turning(self, cells: _Cells) -> Array:
-        """c0 of the best cell less its mean over all rotations, (B,): what is lost of c0 within a cell is part of this.
+        """c0 of the best cell less `round_part`, (B,): what is lost of c0 within a cell is part of this.
 
         What is round of the particle stays whatever the rotation. (Without it and without noise this is twice the gain
-        over no signal at all.)
+        over no signal at all.) It is known up to the band of `log_marginal`: what is round beyond counts as told by
+        turning, which is to the safe side; the inner shells, if they end before, are made a little stricter by it.
         """
         xp = namespace(cells.mass)
         best = cells.mass.argmax(axis=1)[:, None]
@@ -184,7 +185,7 @@ class _Scorer:
         """For n rotations of each particle centre (B, n, 3) and reach (B, n) of the points within a cube of shifts.
 
         centre (B, 3), width (B,) to either side. On the points of the lattice that covers all shifts, about 0 where the
-        cube is no smaller: a sum over these is that over all, less what is 0.
+        cube is no smaller: a sum over these is that over all, less what was ruled out.
         """
         reach = np.minimum(np.ceil(width / self.fine).astype(np.int64), self.reach)
         on_lattice = np.where((reach < self.reach)[:, None], self.fine * np.rint(centre / self.fine), 0)
@@ -313,7 +314,7 @@ def integrate(
     log_volumes : (B, n) float64
         Log of what each stands for, in units of SO(3) times cubic voxels. The mass of what was left out (of the
         shifts to the best of the same rotation, of rotations to all) is in them: sum v exp(log-posterior) is the
-        integral.
+        integral. Of a class that is far behind another it is a rough one.
     """
     xp = namespace(observation.spectra)
     radius, support = min(max_shift, REACH * zeta), observation.support
@@ -333,7 +334,7 @@ def integrate(
     found = []
     for scorer, cells, close in zip(scorers, first, hopeful, strict=True):
         with step("joint: refine"):
-            cells = _refined(scorer, cells, close, _rounds(references[0].bandwidth, support.r_max, rounds))
+            cells = _refined(scorer, cells, close, region, _rounds(references[0].bandwidth, support.r_max, rounds))
         found.append(_candidates(observation, scorer, cells, n_candidates))
     return found
 
@@ -416,8 +417,11 @@ class _Selected:
         return cls(which, worth, centre, reach, cells)
 
 
-def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cells:
-    """The most massive cells split, a few times over, of the particles (B,) that are worth it."""
+def _refined(scorer: _Scorer, cells: _Cells, close: Array, region: tuple[Array, Array], rounds: int) -> _Cells:
+    """The most massive cells split, a few times over, of the particles (B,) that are worth it.
+
+    Where the shifts' lattice stays as it is all of the region is looked at, else what is near the parent's best.
+    """
     xp = namespace(cells.mass)
     b, support = len(cells.mass), scorer.observation.support
     for i in range(rounds):
@@ -435,11 +439,12 @@ def _refined(scorer: _Scorer, cells: _Cells, close: Array, rounds: int) -> _Cell
         kin = *cell_children(level, pixel, turn), xp.broadcast_to(factor[..., None], (*factor.shape, 8))
         kin_worth = xp.broadcast_to(worth[..., None], kin[0].shape).reshape(b, -1)
         centre = xp.take_along_axis(cells.shift[:, :, 0], parents[..., None], axis=1)
-        centre = xp.where(spacing[..., None] < scorer.fine, centre, 0)
+        everywhere, whole = scorer.lattice(*region, 1)
+        centre = xp.where(spacing[..., None] < scorer.fine, centre, everywhere)
         centre = xp.broadcast_to(centre[:, :, None], (*kin[0].shape, 3)).reshape(b, -1, 3)
         kin = tuple(x.reshape(b, -1) for x in kin)
         spacing = xp.broadcast_to(spacing, kin_worth.shape)
-        reach = xp.where(spacing < scorer.fine, LOCAL_REACH if scorer.reach else 0, scorer.reach)
+        reach = xp.where(spacing < scorer.fine, LOCAL_REACH if scorer.reach else 0, whole)
         if (coarse := scorer.coarse) is not None and len(coarse.observation.support) * SCREENED_KIN < len(support):
             _, kin_worth = _screen(coarse, kin, kin_worth, centre, xp.ceil(reach * spacing / coarse.fine).astype(int))
         children = _score_cells(scorer, kin, kin_worth, centre, spacing, reach)

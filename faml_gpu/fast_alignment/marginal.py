@@ -39,7 +39,7 @@ PER_VOXEL = 2  # shells per Fourier voxel: A's phase turns too fast along r to b
 INNER_R, INNER_L = 6, 6  # of a first look at the shifts
 WORTHWHILE = 27  # shifts from which on such a look pays
 COARSE_STEP = 2.5  # shifts in units of N / r: Nyquist is 2, and exp of the correlation is narrower
-TRANSFORMED = 96  # functions whose harmonics are made at once, at least, where few at a time fit the caches
+TRANSFORMED = 96  # functions whose harmonics are made at once, or more where more go through all of it at once
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def likely_shifts(
     best = namespace(precision).empty((len(inner), all_of_them.size), np.float32)
     for k, some, scores, _ in _correlations(observation, inner, precision, shifts, zeta, *np.nonzero(all_of_them)):
         best[k, some] = _maxima(scores)
-    ahead = to_host(best).reshape(-1, *all_of_them.shape)
+    ahead = to_host(best).reshape(len(inner), *all_of_them.shape)
     of_class, of_all = ahead.max(axis=2, keepdims=True), ahead.max(axis=(0, 2), keepdims=True)
     worth = (ahead >= of_all - _tolerance(of_all)) | (ahead == of_class)
     return np.asarray(worth.any(axis=0))

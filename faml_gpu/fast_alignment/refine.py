@@ -61,7 +61,7 @@ def refine(
 
     Each round is a step of Gauss and Newton in the three rotations and three shifts at once, no longer than about a
     step of the rotational grid and a fifth of the finest wave, then half of that. Of the poses it goes through each
-    candidate takes that of the least residual.
+    candidate takes that of the least residual, less what is expected of the unseen.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def refine(
         b, n = candidates.rotations.shape[:2]
         m = min(n_refined, n)
         rows, gain = xp.arange(b)[:, None], candidates.known_gain() + observation.expected_gain(candidates.rotations)
-        n_first = min(n, 2 * m + int((gain == np.inf).sum(axis=1).max())) if b else 0
+        n_first = min(n, 2 * m + (int((gain == np.inf).sum(axis=1).max()) if b else 0))
         first = xp.argsort(-gain, axis=1)[:, :n_first]
         count = (gain[rows, first] > -np.inf).sum(axis=1)
         scores = score(candidates.rotations[rows, first], candidates.shifts[rows, first], count)
@@ -120,7 +120,8 @@ def refine(
             shifts = xp.where(norm > max_shift, shifts * (max_shift / xp.where(norm > 0, norm, 1)), shifts)
             tried.append((rotations, shifts))
         values.append(score(*tried[-1], count))
-        least = xp.where(moved, xp.stack(values).argmin(axis=0), 0), rows, xp.arange(m)
+        known = xp.where(xp.isnan(xp.stack(values)), np.inf, xp.stack(values))
+        least = xp.where(moved, known.argmin(axis=0), 0), rows, xp.arange(m)
         rotations, shifts = (xp.stack(poses)[least] for poses in zip(*tried, strict=True))
         best = xp.stack(values)[least]
         moved_r, moved_t = candidates.rotations.copy(), candidates.shifts.copy()
