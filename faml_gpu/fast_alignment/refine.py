@@ -120,10 +120,11 @@ def refine(
             shifts = xp.where(norm > max_shift, shifts * (max_shift / xp.where(norm > 0, norm, 1)), shifts)
             tried.append((rotations, shifts))
         values.append(score(*tried[-1], count))
-        known = xp.where(xp.isnan(xp.stack(values)), np.inf, xp.stack(values))
+        residuals = xp.stack(values)
+        known = xp.where(xp.isnan(residuals), np.inf, residuals)
         least = xp.where(moved, known.argmin(axis=0), 0), rows, xp.arange(m)
         rotations, shifts = (xp.stack(poses)[least] for poses in zip(*tried, strict=True))
-        best = xp.stack(values)[least]
+        best = residuals[least]
         moved_r, moved_t = candidates.rotations.copy(), candidates.shifts.copy()
         moved_r[rows, top], moved_t[rows, top] = rotations, shifts
         gain[rows, top] = 0.5 * (nothing - best)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from faml_gpu.array_backend import Array
+from faml_gpu.fourier import Support
 
-__all__ = ["half_grid", "real_view", "require"]
+__all__ = ["half_grid", "posed_particles", "real_view", "require"]
 
 
 def require(array: Array, name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
@@ -37,3 +38,26 @@ def half_grid(array: Array, name: str, kind: str, reach: int) -> None:
         raise ValueError(f"{name}: found shape {array.shape}, expected (2c + 1, 2c + 1, c + 1) with c > {reach}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name}: expected a C-contiguous array")
+
+
+def posed_particles(
+    grid: Array,
+    spectra: Array,
+    weights: Array,
+    weight_index: Array,
+    rotations: Array,
+    shifts: Array,
+    count: Array,
+    support: Support,
+    padding: int,
+) -> None:
+    """Refuse particles, poses of each, and an average to hold against them, that are not as `residual` says."""
+    b, n = rotations.shape[:2]
+    m = len(support)
+    half_grid(grid, "grid", "c", padding * support.r_max)
+    require(spectra, "spectra", grid.dtype, (b, m))
+    require(weights, "weights", grid.real.dtype, (None, m))
+    require(weight_index, "weight_index", np.int64, (b,))
+    require(rotations, "rotations", np.float64, (b, n, 3, 3))
+    require(shifts, "shifts", np.float64, (b, n, 3))
+    require(count, "count", np.int64, (b,))

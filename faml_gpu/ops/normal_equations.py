@@ -10,7 +10,7 @@ import numpy as np
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
-from faml_gpu.ops._check import half_grid, real_view, require
+from faml_gpu.ops._check import posed_particles, real_view
 from faml_gpu.ops._phases import fill_phases
 from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_gradient
 from faml_gpu.profile import tally
@@ -62,19 +62,11 @@ def normal_equations(
         radians) and t (3, voxels), and last X - m. So the last entry is the residual, the last column half its downhill
         gradient, and the first six rows and columns solved for it are the step to the minimum of the linear model.
     """
-    b, n = rotations.shape[:2]
-    m = len(support)
-    half_grid(grid, "grid", "c", padding * support.r_max)
-    require(spectra, "spectra", grid.dtype, (b, m))
-    require(weights, "weights", grid.real.dtype, (None, m))
-    require(weight_index, "weight_index", np.int64, (b,))
-    require(rotations, "rotations", np.float64, (b, n, 3, 3))
-    require(shifts, "shifts", np.float64, (b, n, 3))
-    require(count, "count", np.int64, (b,))
+    posed_particles(grid, spectra, weights, weight_index, rotations, shifts, count, support, padding)
     out = twin(_normal_equations_cpu, _normal_equations_cuda, grid)(
         grid, spectra, weights, weight_index, rotations, shifts, count, support, padding
     )
-    tally(grid, spectra, weights, out, flops=FLOPS * m * b * n)
+    tally(grid, spectra, weights, out, flops=FLOPS * rotations.shape[0] * rotations.shape[1] * len(support))
     return out
 
 
