@@ -170,13 +170,12 @@ def forget_tables() -> None:
 
 def make_tables(support: Support, reference: JointReference, radius: float) -> None:
     """The tables that `log_marginal` keeps; radius: of the shifts."""
-    device = device_of(reference.phases)
+    device, shifts = device_of(reference.phases), coarse_shifts(support.box, reference, radius)
     for of_band in (reference, reference.inner):
         if of_band is not None:
             _phase_harmonics(support.box, support.r_max, of_band.coarse_r, of_band.bandwidth, device)
             _d_table(of_band.bandwidth, device)
             _turns(of_band.bandwidth, device)
-            shifts = coarse_shifts(support.box, reference, radius)
             _lattice_phases(support.box, support.r_max, of_band.coarse_r, shifts.tobytes(), device)
 
 
