@@ -53,4 +53,5 @@ def forget_tables() -> None:
     """Let go of the tables kept for later calls, where memory is short."""
     harmonics.forget_tables()
     joint.forget_tables()
+    wigner.folded_d_table.cache_clear()
     wigner.small_d_table.cache_clear()

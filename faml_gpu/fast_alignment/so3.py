@@ -7,9 +7,10 @@ from typing import Any
 
 import numba
 import numpy as np
+import scipy.fft
 
-from faml_gpu.array_backend import Array, device_of, fft_module, namespace, on_host, twin
-from faml_gpu.fast_alignment.wigner import small_d_table
+from faml_gpu.array_backend import Array, device_of, fft_module, namespace, twin
+from faml_gpu.fast_alignment.wigner import folded_d_table, small_d_table
 from faml_gpu.profile import tally
 from faml_gpu.threads import map_threads
 
@@ -37,23 +38,86 @@ def correlate(p: Array, q: Array) -> Array:
     """
     if p.dtype != np.complex64:
         raise TypeError(f"p: found dtype {p.dtype}, expected complex64")
-    if on_host(p) and len(p) != 1:
-        # One by one: all that is made of one stays in the caches, and the threads have something to share. Each is the
-        # same to the last bit whatever it is beside, as `weight_harmonics` promises.
-        n = 2 * p.shape[2]
-        out = np.empty((len(p), n, n, n), np.float32)
+    return twin(_correlate_cpu, _correlate_cuda, p)(p, q)
 
-        def one(i: int) -> None:
-            out[i] = correlate(p[i : i + 1], q)[0]
 
-        map_threads(one, range(len(p)), p)
-        return out
-    xp = namespace(p)
-    b, r, l_max, n_l = p.shape
-    # q_l,m' for m' = -L + 1 .. L - 1, by c_l,-m = (-1)^m conj c_lm.
+def _all_orders(q: Array) -> Array:
+    """conj q_lm', (n_l, r_max, 2L - 1) for m' = -L + 1 .. L - 1, by c_l,-m = (-1)^m conj c_lm."""
+    xp, l_max = namespace(q), q.shape[1]
     sign = (1 - 2 * (xp.arange(l_max - 1, 0, -1) % 2)).astype(np.float32)[:, None]
     full = xp.concatenate([sign * q[:, :0:-1].conj(), q], axis=1).astype(np.complex64)
-    t = xp.ascontiguousarray(p.transpose(3, 0, 2, 1)).reshape(n_l, b * l_max, r) @ full.conj().transpose(2, 0, 1)
+    return full.conj().transpose(2, 0, 1)
+
+
+def _correlate_cpu(p: Array, q: Array) -> Array:
+    """One by one: all that is made of one stays in the caches, and the threads have something to share.
+
+    Each is the same to the last bit whatever it is beside, as `weight_harmonics` promises.
+    """
+    b, r, l_max, n_l = p.shape
+    n = 2 * l_max
+    orders, table, out = _all_orders(q), folded_d_table(l_max), np.empty((b, n, n, n), np.float32)
+
+    def one(i: int) -> None:
+        t = np.ascontiguousarray(p[i].transpose(2, 1, 0)) @ orders
+        spectrum = np.zeros((n, n, l_max + 1), np.complex64)
+        _sum_over_degrees(t, table, spectrum)
+        # Axis by axis: scipy's irfft2 would copy the spectrum first.
+        rows = scipy.fft.ifft(spectrum, axis=-2, norm="forward", overwrite_x=True)
+        out[i] = scipy.fft.irfft(rows, n, axis=-1, norm="forward")
+        # The sums over shells; those over l of four pairs (m, m') for each row of the table; the transforms of planes.
+        flops = 8 * r * t.size + 16 * table.size + 2.5 * n**3 * np.log2(n * n)
+        tally(p[i], q, table, spectrum, out[i], flops=flops)
+
+    map_threads(one, range(b), p)
+    return out
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _sum_over_degrees(t: Any, table: Any, spectrum: Any) -> None:
+    """Fill the spectrum (2L, 2L, L + 1), axes [beta, m' in FFT order, m], from t (n_l, L, 2L - 1) [l, m, m' + L - 1].
+
+    Each row of `wigner.folded_d_table`, d^l_mm' with |m'| <= m at beta below pi / 2, is all that is needed of four
+    pairs of orders: d_m,-m'(pi - beta) is (-1)^(l + m) times it, d_m'm (-1)^(m - m') times, d_-m',-m the same.
+    """
+    n_l, l_max = t.shape[0], t.shape[1]
+    n, zero = 2 * l_max, l_max - 1
+    total = np.empty((8, l_max), np.float32)
+    row = 0
+    for m in range(l_max):
+        for k in range(m + 1):
+            for sign in (1, -1):  # m' = sign * k
+                total[:] = 0
+                for l in range((m + 1) // 2, n_l):
+                    first, turned = t[l, m, zero + sign * k], t[l, m, zero - sign * k]
+                    swapped, both = t[l, k, zero + sign * m], t[l, k, zero - sign * m]
+                    for j in range(l_max):
+                        d = table[row, j]
+                        total[0, j] += d * first.real
+                        total[1, j] += d * first.imag
+                        total[2, j] += d * turned.real
+                        total[3, j] += d * turned.imag
+                        total[4, j] += d * swapped.real
+                        total[5, j] += d * swapped.imag
+                        total[6, j] += d * both.real
+                        total[7, j] += d * both.imag
+                    row += 1
+                of_m, of_k = np.float32(1 - 2 * (m % 2)), np.float32(1 - 2 * (k % 2))
+                of_swap = of_m * of_k if sign > 0 else np.float32(1)
+                plus, minus = sign * k % n, -sign * k % n
+                plus_m, minus_m = sign * m % n, -sign * m % n
+                for j in range(l_max):
+                    beyond = n - 1 - j
+                    spectrum[j, plus, m] = complex(total[0, j], total[1, j])
+                    spectrum[beyond, minus, m] = of_m * complex(total[2, j], total[3, j])
+                    spectrum[j, plus_m, k] = of_swap * complex(total[4, j], total[5, j])
+                    spectrum[beyond, minus_m, k] = of_k * of_swap * complex(total[6, j], total[7, j])
+
+
+def _correlate_cuda(p: Array, q: Array) -> Array:
+    xp = namespace(p)
+    b, r, l_max, n_l = p.shape
+    t = xp.ascontiguousarray(p.transpose(3, 0, 2, 1)).reshape(n_l, b * l_max, r) @ _all_orders(q)
     # d is real: the complex T goes through one real GEMM with (particle, Re/Im) as columns.
     t = xp.ascontiguousarray(t.reshape(n_l, b, l_max, 2 * l_max - 1).transpose(2, 3, 0, 1)).view(np.float32)
     d = small_d_table(l_max, 2 * l_max, device=device_of(p))

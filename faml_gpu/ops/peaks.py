@@ -95,67 +95,77 @@ def _at(score: Any, j: int, g: int, a: int) -> Any:
 
 
 @numba.njit(cache=True)
-def _is_peak(score: Any, j: int, g: int, a: int) -> bool:
-    value = score[j, g, a]
-    for dj in range(-1, 2):
-        for dg in range(-1, 2):
-            for da in range(-1, 2):
-                if dj == 0 and dg == 0 and da == 0:
-                    continue
-                other = _at(score, j + dj, g + dg, a + da)
-                # Of a plateau the first point counts.
-                before = dj < 0 or (dj == 0 and (dg < 0 or (dg == 0 and da < 0)))
-                if other > value or (before and other == value):
+def _with_rim(score: Any, j: int, plane: Any) -> None:
+    """Points (gamma, alpha) at one beta, or a step beyond a pole, with those that follow at either end by wrapping."""
+    nb, na = score.shape[0], score.shape[2]
+    half = 0
+    if j < 0 or j >= nb:
+        j = -1 - j if j < 0 else 2 * nb - 1 - j
+        half = na // 2
+    for g in range(na + 2):
+        row, line = score[j, (g - 1 + half) % na], plane[g]
+        for a in range(na - half):
+            line[1 + a] = row[half + a]
+        for a in range(half):
+            line[1 + na - half + a] = row[a]
+        line[0], line[na + 1] = line[na], line[1]
+
+
+@numba.njit(cache=True)
+def _above_nearest(before: Any, here: Any, after: Any, width: int, maybe: Any) -> None:
+    """Of a plane, its rim apart: whether a point is above its six nearest neighbours (of a plateau the first counts).
+
+    Without branches, so it is vectorised. What it says of the rim between two rows counts for nothing.
+    """
+    first, n = width + 1, len(here) - 2 * (width + 1)
+    centre, below, above = here[first:], before[first:], after[first:]
+    left, right, behind, ahead = here[first - 1 :], here[first + 1 :], here[1:], here[first + width :]
+    for i in range(n):
+        value = centre[i]
+        maybe[i] = (
+            (below[i] < value)
+            & (above[i] <= value)
+            & (behind[i] < value)
+            & (ahead[i] <= value)
+            & (left[i] < value)
+            & (right[i] <= value)
+        )
+
+
+@numba.njit(cache=True)
+def _is_peak(before: Any, here: Any, after: Any, g: int, a: int) -> bool:
+    """Whether a point of a plane with its rim is above all its 26 neighbours."""
+    value = here[g, a]
+    for dg in range(-1, 2):
+        for da in range(-1, 2):
+            if before[g + dg, a + da] >= value or after[g + dg, a + da] > value:
+                return False
+            if dg < 0 or (dg == 0 and da < 0):  # of a plateau the first point counts
+                if here[g + dg, a + da] >= value:
                     return False
+            elif here[g + dg, a + da] > value:
+                return False
     return True
 
 
 @numba.njit(cache=True)
-def _peaks_of_row(score: Any, j: int, g: int, found: Any, heights: Any) -> None:
-    """Append the local maxima of the points (j, g, all alpha). Most are ruled out by their six nearest neighbours."""
+def _find_peaks(score: Any, found: Any, heights: Any) -> None:
+    """Append all local maxima."""
     nb, na = score.shape[0], score.shape[2]
-    inner = 0 < j < nb - 1
-    maybe = np.ones(na, np.uint8)
-    if inner:
-        before, after = (g or na) - 1, (g + 1) % na
-        row = score[j, g]
-        behind, ahead, below, above = score[j, before], score[j, after], score[j - 1, g], score[j + 1, g]
-        # Without branches, so it is vectorised.
-        for a in range(1, na - 1):
-            value = row[a]
-            maybe[a] = (
-                (row[a - 1] < value)
-                & (row[a + 1] <= value)
-                & (behind[a] < value)
-                & (ahead[a] <= value)
-                & (below[a] < value)
-                & (above[a] <= value)
-            )
-        # Of a plateau the first point counts: neighbours before it must be lower, those after it may be as high.
-        lower = (score[j, before], score[j - 1, before], score[j - 1, g], score[j - 1, after])
-        higher = (score[j, after], score[j + 1, before], score[j + 1, g], score[j + 1, after])
-    for a in range(na):
-        if not maybe[a]:
-            continue
-        value = score[j, g, a]
-        if inner and 0 < a < na - 1:
-            new = True
-            for other in lower:
-                if other[a - 1] >= value or other[a] >= value or other[a + 1] >= value:
-                    new = False
-                    break
-            if not new:
-                continue
-            for other in higher:
-                if other[a - 1] > value or other[a] > value or other[a + 1] > value:
-                    new = False
-                    break
-            if not new:
-                continue
-        elif not _is_peak(score, j, g, a):
-            continue
-        found.append((j, g, a))
-        heights.append(-value)
+    width = na + 2
+    planes = np.empty((3, width, width), score.dtype)
+    maybe = np.empty(width * width - 2 * (width + 1), np.uint8)
+    _with_rim(score, -1, planes[0])
+    _with_rim(score, 0, planes[1])
+    for j in range(nb):
+        before, here, after = planes[j % 3], planes[(j + 1) % 3], planes[(j + 2) % 3]
+        _with_rim(score, j + 1, after)
+        _above_nearest(before.reshape(-1), here.reshape(-1), after.reshape(-1), width, maybe)
+        for g in range(na):
+            for a in range(na):
+                if maybe[g * width + a] and _is_peak(before, here, after, g + 1, a + 1):
+                    found.append((j, g, a))
+                    heights.append(-here[g + 1, a + 1])
 
 
 @numba.njit(cache=True)
@@ -210,9 +220,7 @@ def _peaks_loop(scores: Any, merge_trace: float, angles: Any, values: Any, count
         score = scores[b]
         found = [(0, 0, 0) for _ in range(0)]
         heights = [score[0, 0, 0] for _ in range(0)]
-        for j in range(nb):
-            for g in range(na):
-                _peaks_of_row(score, j, g, found, heights)
+        _find_peaks(score, found, heights)
         if len(found) == 0:  # constant all over, or a closed ridge of ties: any of the highest points is as good
             top = score.argmax()
             found.append((top // (na * na), top // na % na, top % na))
