@@ -167,33 +167,32 @@ def iterate(
 ) -> Checkpoint:
     """One iteration of Algorithm 1, or the rest of one: Theta and the averages in, new Theta and the posterior out."""
     state = checkpoint.state
-    whole, groups = plan.band(state), noise_groups(particles, plan.options, state)
+    band, groups = plan.band(state), noise_groups(particles, plan.options, state)
     parts, name = plan.parts(len(particles)), f"iteration {state.iteration + 1}"
-    size = plan.options.n_classes, len(whole.output), whole.r_max
+    size = plan.options.n_classes, len(band.output), band.r_max
     so_far = Unfinished.of(checkpoint, size, n_curves=len(groups), parts=len(parts), device=plan.device)
     clock = Clock(plan.device, so_far.seconds)
     beside = Clock(plan.device)  # of batches that are worked on at the same time
     if on_begin is not None:
         on_begin(so_far)
-    if not whole.joint:
+    if not band.joint:
         rng = plan.rng(state.iteration + 1)
         points = voronoi.draw_points(voronoi.N_POINTS, plan.options.choices.measure, rng, plan.device)
 
-    def without(part: int) -> tuple[Band, list[Reference], list[dict[str, Array]]]:
-        band = whole.holding_out(part)
+    def without(fold: int | None) -> tuple[list[Reference], Array | None, list[dict[str, Array]]]:
         with beside("references"):
-            references = band.references()
-        return band, references, [{} for _ in references]
+            references = band.references(fold)
+            return references, band.unseen(fold), [{} for _ in references]
 
     against = Once(without, keep=plan.at_once)
 
     def e_step(
         part: int, batch: Batch, spectra: Array, numbers: Int64
     ) -> tuple[BatchPosterior, maximization.Accumulators]:
-        band, references, kept = against(part if state.apart is not None else 0)
+        references, unseen, kept = against(part if state.apart is not None else None)
         with beside("pose integral" if band.joint else "fast alignment"):
             batch, spectra = groups.weigh(batch, spectra, numbers, state)
-            observation = band.observe(batch, spectra)
+            observation = band.observe(batch, spectra, unseen)
             if band.joint:
                 candidates, volumes = band.integrate(observation, references)
             else:
@@ -223,9 +222,9 @@ def iterate(
 
     with clock("maximization"):
         order, posteriors = np.concatenate(parts), so_far.posteriors
-        total, merged = whole.symmetrise(so_far.total), scattered([(order, join(posteriors))])
-        agreement, r_max = whole.evidence(so_far.total, total)
-        new = replace(maximize(plan, whole, state, total), r_max=r_max)
+        total, merged = band.symmetrise(so_far.total), scattered([(order, join(posteriors))])
+        agreement, r_max = band.evidence(so_far.total, total)
+        new = replace(maximize(plan, band, state, total), r_max=r_max)
         total = total.together()
         if plan.options.scale_correction:
             scales = np.concatenate([p.scale for p in posteriors if p.scale is not None])
@@ -235,11 +234,11 @@ def iterate(
             gain = np.concatenate([p.gain for p in posteriors])[np.argsort(order)]
             new, reseeded = reseed(plan, particles, new, merged, gain, progress)
         likelihood = total.log_evidence + log_normaliser(total.observed, state.group_sigma2, state.zeta, total.n)
-    row = record(plan, whole, checkpoint, new, merged, total, likelihood, clock)
+    row = record(plan, band, checkpoint, new, merged, total, likelihood, clock)
     row = replace(row, agreement=None if agreement is None else [round(float(a), 4) for a in agreement])
     row = replace(row, reseeded=reseeded)
     if plan.finds_axes(new.iteration):
-        new, merged = onto_axes(plan, whole, new, merged)
+        new, merged = onto_axes(plan, band, new, merged)
     return Checkpoint(new, merged, [*checkpoint.history, row])
 
 
@@ -251,7 +250,7 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
     if plan.options.choices.folds > 1:
 
         def without(fold: int) -> tuple[Float32, Float32 | None]:
-            return new_averages(plan, band.holding_out(fold), by_part.without(fold), noise)
+            return new_averages(plan, band, by_part.without(fold), noise, fold)
 
         held_out = list(in_order(without, range(by_part.parts), plan.at_once))
         apart = np.stack([averages for averages, _ in held_out])
@@ -281,9 +280,16 @@ def maximize(plan: Plan, band: Band, old: State, by_part: maximization.Accumulat
 
 
 def new_averages(
-    plan: Plan, band: Band, total: maximization.Accumulators, noise: NDArray[np.float64]
+    plan: Plan,
+    band: Band,
+    total: maximization.Accumulators,
+    noise: NDArray[np.float64],
+    fold: int | None = None,
 ) -> tuple[Float32, Float32 | None]:
-    """New A (K, N, N, N) (Eq. 10), and what is unseen of them (1, N, N, N//2 + 1) where that counts."""
+    """New A (K, N, N, N) (Eq. 10), and what is unseen of them (1, N, N, N//2 + 1) where that counts.
+
+    fold: of the particles, which `total` leaves out.
+    """
     unseen = None
     if plan.update == "ratio":
         averages = maximization.direct_average(total.sums, total.weights, total.mass)
@@ -292,8 +298,8 @@ def new_averages(
         factor, unseen = band.wiener(averages, total, noise)
         averages *= factor
     else:
-        averages = maximization.update_average(total.sums, total.weights, total.mass, band.averages(), band.inside)
+        averages = maximization.update_average(total.sums, total.weights, total.mass, band.averages(fold), band.inside)
     maps = plan.helical(plan.to_maps(averages, band.output))
     for k in np.nonzero(total.mass <= 0)[0]:
-        maps[k] = band.unmasked[k]  # an empty class keeps its average, to be won back
+        maps[k] = band.unmasked(fold)[k]  # an empty class keeps its average, to be won back
     return plan.regularise(maps, total.mass, band.state.iteration + 1), unseen

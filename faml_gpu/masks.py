@@ -108,11 +108,11 @@ def without_offset(boxes: Any, mask: Any) -> Any:
 
 def _background(boxes: Any, mask: Any) -> Any:
     """The voxels (B, n) where the mask is 0."""
-    outside = mask == 0
-    count = int(outside.sum())
+    outside = (mask.ravel() == 0).nonzero()[0]  # taken by number: by a mask of three axes it is four times slower
+    count = len(outside)
     if count < 2:
         raise InputError(
             f"normalisation: the mask leaves {count} of {mask.size} voxels outside, expected at least 2; "
             "use a smaller mask radius"
         )
-    return boxes[:, outside]
+    return boxes.reshape(len(boxes), -1).take(outside, axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from faml_gpu.errors import InputError
@@ -195,7 +196,7 @@ class Options:
             if not valid:
                 raise InputError(f"option {name}: found {found!r}, expected {expected}")
 
-    @property
+    @cached_property
     def choices(self) -> Preset:
         """What the preset says, and the options that overrule it."""
         preset = PRESETS[self.preset]

@@ -314,8 +314,8 @@ class Plan:
         """Maps (K, N, N, N) float32 from averages (K, M); the constant left free puts the background at 0."""
         spectra = support.scatter(to_device(averages.astype(np.complex64), device_of(support.coords)))
         maps = to_host(fourier.inverse_transform(spectra, self.box))
-        outside = self.mask == 0
-        return np.asarray(maps - maps[:, outside].mean(axis=1)[:, None, None, None])
+        outside = maps.reshape(len(maps), -1).take(self.outside, axis=1)
+        return np.asarray(maps - outside.mean(axis=1)[:, None, None, None])
 
     def rotate_back(
         self,
@@ -412,6 +412,11 @@ class Plan:
         return masks.soft_sphere(self.box, radius, SOFT_EDGE)
 
     @cached_property
+    def outside(self) -> Int64:
+        """Flat indices of the voxels where the mask is 0."""
+        return np.flatnonzero(self.mask == 0)
+
+    @cached_property
     def wide_mask(self) -> Array:
         """`reach_mask` for every shift searched, on the device."""
         return to_device(self.reach_mask(self.max_shift), self.device)
@@ -451,8 +456,7 @@ class Band:
     state: State
     r_max: int
     r_output: int
-    held_out: int | None = None  # fold that the references are made without
-    of_weights: dict[str, Array] = field(default_factory=dict)  # `weight_harmonics` of all folds
+    of_weights: dict[str, Array] = field(default_factory=dict)  # `weight_harmonics`, the same for all folds
     support: Support = field(init=False)
     output: Support = field(init=False)
     inside: NDArray[np.bool_] = field(init=False)  # on the host, as the M-step
@@ -491,10 +495,6 @@ class Band:
         """Mask around what shifts as wide as the last iteration found them leave of the particle."""
         return to_device(self.plan.reach_mask(self.state.zeta), self.plan.device)
 
-    def holding_out(self, fold: int) -> Band:
-        """The same with references that a fold of the particles has no part in; with those there are, at the start."""
-        return self if self.state.apart is None else replace(self, held_out=fold)
-
     def evidence(
         self, total: maximization.Accumulators, symmetric: maximization.Accumulators
     ) -> tuple[NDArray[np.float64] | None, int | None]:
@@ -529,37 +529,37 @@ class Band:
         """Poses come from the joint grid, not from matched magnitudes."""
         return self.plan.options.choices.sampler == "joint"
 
-    @property
-    def unmasked(self) -> Float32:
-        """Averages (K, N, N, N): of all particles, or those without the fold that is held out."""
+    def unmasked(self, fold: int | None = None) -> Float32:
+        """Averages (K, N, N, N): of all particles, or those that a fold of them has no part in.
+
+        At the start there are none of these yet: then a fold, too, is compared with what there is.
+        """
         apart = self.state.apart
-        return self.state.maps if apart is None or self.held_out is None else apart[self.held_out]
+        return self.state.maps if apart is None or fold is None else apart[fold]
 
-    @property
-    def maps(self) -> Float32:
-        """Averages (K, N, N, N) the particles are compared with, masked."""
-        return self.unmasked * self.plan.mask
+    def masked(self, fold: int | None = None) -> Array:
+        """What the particles are compared with: averages (K, N, N, N) masked, on the device."""
+        return to_device(self.unmasked(fold) * self.plan.mask, self.plan.device)
 
-    def averages(self) -> NDArray[np.complex64]:
+    def averages(self, fold: int | None = None) -> NDArray[np.complex64]:
         """Their transforms (K, M) on the output support (on the host)."""
-        return to_host(self.output.gather(fourier.transform(to_device(self.maps, self.plan.device))))
+        return to_host(self.output.gather(fourier.transform(self.masked(fold))))
 
-    def references(self) -> list[Reference]:
+    def references(self, fold: int | None = None) -> list[Reference]:
         """The averages ready to be matched."""
-        masked = to_device(self.maps, self.plan.device)
+        masked = self.masked(fold)
         padding, bandwidth = self.plan.options.padding, self.plan.bandwidth(self.r_max)
         grids = fourier.interpolation_grid(masked, self.r_max, padding)
         if self.joint:
-            unseen = self.unseen_grid
+            unseen = self.unseen_grid(fold)
             return [fast_alignment.make_joint_reference(g, padding, self.r_max, bandwidth, unseen) for g in grids]
         return [fast_alignment.make_reference(g, padding, self.r_max, bandwidth) for g in grids]
 
-    @cached_property
-    def unseen_grid(self) -> Array | None:
+    def unseen_grid(self, fold: int | None = None) -> Array | None:
         """The power the averages are expected to have beside what they show, ready to be interpolated."""
         if self.state.unseen is None:
             return None
-        unseen = self.state.unseen[self.held_out or 0]
+        unseen = self.state.unseen[fold or 0]
         return fourier.weight_grid(to_device(unseen, self.plan.device), self.r_max)
 
     @property
@@ -568,15 +568,13 @@ class Band:
         bandwidth = self.plan.bandwidth(self.r_max)
         return min(bandwidth, fast_alignment.UNSEEN_BANDWIDTH) if self.joint else bandwidth
 
-    @cached_property
-    def unseen(self) -> Array | None:
+    def unseen(self, fold: int | None = None) -> Array | None:
         """Harmonics of `unseen_grid`: of all degrees where they are added to those of magnitudes."""
-        if self.unseen_grid is None:
-            return None
-        return fast_alignment.unseen_harmonics(self.unseen_grid, self.r_max, self.of_shells)
+        grid = self.unseen_grid(fold)
+        return None if grid is None else fast_alignment.unseen_harmonics(grid, self.r_max, self.of_shells)
 
-    def observe(self, batch: Batch, spectra: Array) -> Observation:
-        """The batch on the active support."""
+    def observe(self, batch: Batch, spectra: Array, harmonics: Array | None = None) -> Observation:
+        """The batch on the active support; harmonics: of what is unseen, from `unseen`, if anything is."""
         gather, centred = self.support.gather, self.plan.options.choices.magnitudes == "centred"
         weights, magnitudes = gather(batch.weights), None
         if centred and not self.joint:
@@ -589,10 +587,10 @@ class Band:
         arguments = seen, self.precision, self.of_shells
         if not self.joint:
             matched = fast_alignment.match(*arguments, centred=centred, kept=self.of_weights)
-        if self.unseen is not None:
+        if harmonics is not None:
             low = self.inner if self.joint or self.inner_window is not None else None
             of_weights = matched.weights if matched else fast_alignment.weight_harmonics(*arguments, self.of_weights)
-            unseen = fast_alignment.unseen_gain(of_weights, index, self.unseen, low)
+            unseen = fast_alignment.unseen_gain(of_weights, index, harmonics, low)
         return replace(seen, unseen=unseen, matched=matched)
 
     def align(self, observation: Observation, reference: Reference, kept: dict[str, Any]) -> Candidates:
@@ -673,9 +671,13 @@ class Band:
         if self.plan.searches or by_part.parts == 1:
             return noise
         residuals, freedom = by_part.scatter()
-        power = sum((abs(self._within_mask(r)) ** 2).sum(axis=0) for r in residuals)
+
+        def spread(residual: NDArray[np.complex128]) -> NDArray[np.float32]:
+            return np.asarray((abs(self._within_mask(residual)) ** 2).sum(axis=0))
+
+        spreads = np.stack(list(in_order(spread, residuals, self.plan.at_once)))
         shell = to_host(self.output.shell)
-        power, free = (np.bincount(shell, x, len(noise)) for x in (power, freedom))
+        power, free = (np.bincount(shell, x, len(noise)) for x in (spreads.sum(axis=0), freedom))
         copies = symmetry.order(self.symmetry)
         # Where parts differ by rounding only there is nothing to compare; the mask spreads power there all the same.
         return np.divide(copies * power, free, out=noise, where=free > 1e-9 * free.max())

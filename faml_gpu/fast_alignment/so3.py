@@ -54,7 +54,7 @@ def _correlate_cpu(p: Array, q: Array) -> Array:
 
     Each is the same to the last bit whatever it is beside, as `weight_harmonics` promises.
     """
-    b, r, l_max, n_l = p.shape
+    b, r, l_max, _ = p.shape
     n = 2 * l_max
     orders, table, out = _all_orders(q), folded_d_table(l_max), np.empty((b, n, n, n), np.float32)
 

@@ -76,7 +76,7 @@ def test_averages_without_a_fold_and_what_is_compared_with_them(sampler):
         others = [i for i in range(N) if i not in members]
         expected = final_averages(whole, particles, alone(first.posterior, others))
         band = plan.band(first.state)
-        found = band.holding_out(fold).averages()
+        found = band.averages(fold)
         expected = replace(band, state=replace(first.state, maps=expected, apart=None)).averages()
         np.testing.assert_allclose(found, expected, atol=1e-4 * abs(expected).max())
         state: State = replace(first.state, maps=first.state.apart[fold], apart=None)

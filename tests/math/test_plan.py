@@ -196,10 +196,11 @@ def test_folds_share_what_is_known_of_the_weights(sampler, particles, rng, monke
         return of_support(support, bandwidth)
 
     monkeypatch.setattr(align, "shell_harmonics", counted)
-    first, second = (whole.holding_out(fold).observe(batch, spectra) for fold in (0, 1))
+    first, second = (whole.observe(batch, spectra, whole.unseen(fold)) for fold in (0, 1))
     # Of the magnitudes for each fold: these are the particles'; of the weights once.
     assert len(calls) == {"magnitude": 3, "joint": 1}[sampler]
-    alone = Band(plan, state, 6, 6, held_out=1).observe(batch, spectra)
+    other = Band(plan, state, 6, 6)
+    alone = other.observe(batch, spectra, other.unseen(1))
     np.testing.assert_array_equal(second.unseen.table, alone.unseen.table)
     assert (first.unseen.table != second.unseen.table).any()
     if sampler == "magnitude":
