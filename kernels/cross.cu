@@ -1,4 +1,4 @@
-// Cross spectra of the shift search. Twin: faml_gpu/ops/cross.py, which says what the arrays are.
+// Cross spectra of the shift search. Launched by faml_gpu/ops/correlations.py, which says what the arrays are.
 #include "common.cuh"
 
 // crops (n, r_max + 1, 2 r_max + 1, 2 r_max + 1) = v X conj(R A) exp(2 pi i xi.c / N), 0 off the support; power (n) =

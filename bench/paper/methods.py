@@ -172,11 +172,11 @@ class GridShiftBand(Band):
         weights, origin = observation.weights**2 * self.precision, np.zeros((b, 3))
         shifts = np.zeros((b, GRID_POSES, 3))
         for i, rotation in enumerate(rotations):
-            crops, _ = ops.cross(
+            correlations, _ = ops.correlations(
                 reference.grid, observation.spectra, weights, observation.weight_index, np.arange(b),
-                np.tile(rotation, (b, 1, 1)), origin, observation.support, reference.padding,
+                np.tile(rotation, (b, 1, 1)), origin, self.window.waves, observation.support, reference.padding,
             )  # fmt: skip
-            shifts[:, i], _ = self.window.best(crops)
+            shifts[:, i], _ = self.window.best(correlations)
         return Candidates(np.tile(rotations, (b, 1, 1, 1)), shifts, np.zeros((b, GRID_POSES)), np.full(b, GRID_POSES))
 
 

@@ -387,7 +387,7 @@ def align(
     with step("translations"):
         considered, first = xp.arange(rotations.shape[1]) < count[:, None], None
         if screened is not None:
-            inner = observation.within(screened.support.r_max)
+            inner = observation.within(screened.r_max)
             first = _best_shifts(inner, reference, precision[: len(inner.support)], screened, rotations, considered)
             worth = xp.where(considered, first[2] + inner.expected_gain(rotations), -np.inf)
             considered &= worth >= (highest := worth.max(axis=1, keepdims=True)) - margin(highest)
@@ -419,7 +419,7 @@ def _best_shifts(
 
     def some(first: int) -> None:
         particle, pose = (xp.asarray(np.ascontiguousarray(i[first : first + window.at_once])) for i in listed)
-        crops, power = ops.cross(
+        correlations, power = ops.correlations(
             reference.grid,
             observation.spectra,
             squared,
@@ -427,11 +427,12 @@ def _best_shifts(
             particle,
             rotations[particle, pose],
             xp.zeros((len(particle), 3)),
+            window.waves,
             observation.support,
             reference.padding,
         )
         entry = particle * n + pose
-        shifts[entry], cross = window.best(crops)
+        shifts[entry], cross = window.best(correlations)
         correlation[entry] = cross / xp.sqrt(xp.maximum(power * own[particle], np.finfo(np.float64).tiny))
         gain[entry] = cross - 0.5 * power
 

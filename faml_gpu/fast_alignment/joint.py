@@ -38,7 +38,6 @@ from faml_gpu.fast_alignment.marginal import (
 )
 from faml_gpu.fast_alignment.so3 import at_places, interpolate
 from faml_gpu.fast_alignment.thinning import thinned
-from faml_gpu.fast_alignment.translations import ShiftWindow
 from faml_gpu.fourier import Support
 from faml_gpu.symmetry import point_group, unit_share
 from faml_gpu.threads import Once, map_threads
@@ -195,11 +194,11 @@ class _Scorer:
             to_device(np.broadcast_to(reach[:, None], (b, n)), device),
         )
 
-    def _window(self, spacing: float, reach: int) -> ShiftWindow:
-        support = self.observation.support
-        line = spacing * np.arange(-reach, reach + 1)
-        matrix = np.exp(2j * np.pi / support.box * line[:, None] * np.arange(-support.r_max, support.r_max + 1))
-        return ShiftWindow(support, 0, to_device(matrix.astype(np.complex64), device_of(support.coords)), None)
+    def _waves(self, line: Array) -> Array:
+        """exp(2 pi i k t / N) at the shifts t along an axis, for `ops.correlations`."""
+        support, xp = self.observation.support, namespace(line)
+        k = xp.arange(-support.r_max, support.r_max + 1)
+        return xp.exp(2j * np.pi / support.box * line[:, None] * k).astype(np.complex64)
 
     def score(self, particle: Array, rotations: Array, centre: Array, spacing: float, reach: int) -> tuple[Array, ...]:
         """For a list of n rotations the log of the integral over the shifts, and the rest of `_Cells` but the spacing.
@@ -207,21 +206,20 @@ class _Scorer:
         particle (n,), rotations (n, 3, 3), centre (n, 3) of the lattice of (2 reach + 1)^3 points.
         """
         xp = namespace(particle)
-        o, window = self.observation, self._window(spacing, reach)
-        n, t = len(particle), 2 * reach + 1
+        o, n, t = self.observation, len(particle), 2 * reach + 1
         line = spacing * xp.arange(-reach, reach + 1)
+        waves = self._waves(line)
         mass, spread, power, shift2 = (xp.empty(n) for _ in range(4))
         places = cube(line)  # from the centre
         of_places = xp.concatenate([places, (places**2).sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
-        crop = (2 * o.support.r_max + 1) ** 2 * (o.support.r_max + 1)
-        at_once = max(1, working_bytes(centre) // (16 * 8 * (crop + 2 * t**3)))
+        at_once = max(1, working_bytes(centre, cached=True) // (64 * t**3))
         still = not bool((centre != 0).any())
         about_origin = self._prior(centre[:1], line) if still else None
 
         def some(first: int) -> None:
             part = slice(first, first + at_once)
-            crops, power[part] = ops.cross(
+            log_p, power[part] = ops.correlations(
                 self.reference.grid,
                 o.spectra,
                 self.weight,
@@ -229,10 +227,10 @@ class _Scorer:
                 particle[part],
                 rotations[part],
                 centre[part],
+                waves,
                 o.support,
                 self.reference.padding,
             )
-            log_p = window.correlate(crops)
             log_p += self._prior(centre[part], line) if about_origin is None else about_origin
             log_p = log_p.reshape(-1, t**3)
             row, left = xp.arange(len(log_p)), log_p if self.n_shifts == 1 else log_p.copy()

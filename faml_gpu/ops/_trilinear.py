@@ -8,10 +8,21 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
+from numba import extending
 from numba.core import types
-from numba.extending import intrinsic
 
-__all__ = ["GATHER_FLOPS", "U", "sample_complex", "sample_gradient", "sample_real"]
+__all__ = [
+    "CONTRACT",
+    "GATHER_FLOPS",
+    "U",
+    "all_of",
+    "fill_cells",
+    "fill_samples",
+    "intrinsic",
+    "sample_complex",
+    "sample_gradient",
+    "sample_real",
+]
 
 GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
 
@@ -21,7 +32,7 @@ GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the tw
 U = np.uint32
 R, I = U(0), U(1)  # where the real and the imaginary part are
 # By Numba's own types its result would be called with the typing context, which Numba adds.
-_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
 CONTRACT = ("contract",)  # products and sums may become one instruction, as they may in the loops around
 
 
@@ -48,7 +59,7 @@ def _taken(builder: Any, vector: Any, places: list[int]) -> Any:
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
-def _all_of(builder: Any, value: Any, kind: Any) -> Any:
+def all_of(builder: Any, value: Any, kind: Any) -> Any:
     """A vector of one number."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
     return _taken(builder, one, [0] * kind.count)
@@ -67,7 +78,7 @@ def _sum_of_edges(context: Any, builder: Any, signature: Any, given: Any) -> Any
         pointer = builder.bitcast(builder.gep(data, [place], inbounds=True), edge.as_pointer())
         loaded = builder.load(pointer)
         loaded.align = real.bitwidth // 8
-        return builder.fmul(loaded, _all_of(builder, weight, edge), flags=CONTRACT)
+        return builder.fmul(loaded, all_of(builder, weight, edge), flags=CONTRACT)
 
     total = weighted(given[1], given[5])
     for place, weight in zip(given[2:5], given[6:9], strict=True):
@@ -80,7 +91,7 @@ def _as_tuple(context: Any, builder: Any, signature: Any, vector: Any) -> Any:
     return context.make_tuple(builder, signature.return_type, parts)
 
 
-@_intrinsic
+@intrinsic
 def _between_columns(
     typing: Any, grid: Any, at00: Any, at10: Any, at01: Any, at11: Any, a: Any, b: Any, d: Any, e: Any, fx: Any
 ) -> Any:
@@ -90,7 +101,7 @@ def _between_columns(
         total = _sum_of_edges(context, builder, signature, given)
         low, high = _taken(builder, total, [0, 1]), _taken(builder, total, [2, 3])
         step = builder.fmul(
-            _all_of(builder, given[9], low.type), builder.fsub(high, low, flags=CONTRACT), flags=CONTRACT
+            all_of(builder, given[9], low.type), builder.fsub(high, low, flags=CONTRACT), flags=CONTRACT
         )
         return _as_tuple(context, builder, signature, builder.fadd(low, step, flags=CONTRACT))
 
@@ -98,7 +109,7 @@ def _between_columns(
     return two(grid.dtype, 2)(grid, at00, at10, at01, at11, a, b, d, e, fx), generate
 
 
-@_intrinsic
+@intrinsic
 def _two_columns(
     typing: Any, grid: Any, at00: Any, at10: Any, at01: Any, at11: Any, a: Any, b: Any, d: Any, e: Any
 ) -> Any:
@@ -153,3 +164,42 @@ def sample_real(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
     v0 = a * grid[z0, y0, x0] + b * grid[z0, y1, x0] + d * grid[z1, y0, x0] + e * grid[z1, y1, x0]
     v1 = a * grid[z0, y0, x1] + b * grid[z0, y1, x1] + d * grid[z1, y0, x1] + e * grid[z1, y1, x1]
     return v0 + fx * (v1 - v0)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
+def fill_cells(
+    c: int, r: Any, xs: Any, ys: Any, zs: Any, n: int, line: Any, column: Any, edges: Any, sign: Any
+) -> None:
+    """Where n points are that `r` turns, all at once: one step of `sample_complex` that is done in vectors.
+
+    xs, ys, zs: before the turn, in the type of the grid. line: number of the grid's line at y0 and z0; column: x0;
+    edges (5, n): weights of the four edges, place between the columns; sign: -1 where x was turned.
+    """
+    lines = np.int32(2 * c + 1)
+    for j in range(n):
+        x, y, z = xs[j], ys[j], zs[j]
+        turned, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(
+            c,
+            r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
+            r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
+            r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
+        )
+        line[j], column[j], sign[j] = np.int32(z0) * lines + np.int32(y0), np.int32(x0), turned
+        edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j] = a, b, d, e, fx
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def fill_samples(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, edges: Any, re: Any, im: Any) -> None:
+    """The samples of `fill_cells`, the sign of the imaginary part apart; 0 where the weight w is 0."""
+    width = np.int64(2 * (c + 1))
+    plane = width * np.int64(2 * c + 1)
+    a, b, d, e, fx = edges[0], edges[1], edges[2], edges[3], edges[4]
+    for i in range(n):
+        j = U(i)
+        if w[j] == 0:
+            re[j], im[j] = 0, 0
+            continue
+        at = np.int64(line[j]) * width + np.int64(2 * column[j])
+        re[j], im[j] = _between_columns(
+            grid, at, at + width, at + plane, at + plane + width, a[j], b[j], d[j], e[j], fx[j]
+        )

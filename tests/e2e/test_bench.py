@@ -48,7 +48,7 @@ def test_kernel(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(BENCH))
     table = importlib.import_module("table").kernel(content)
     assert len([line for line in table if line.startswith("|")]) == 2 + len(content["rows"])
-    assert ("times_gathers" in row) == (operation in ("rotate", "residual", "cross", "accumulate"))
+    assert ("times_gathers" in row) == (operation in ("rotate", "residual", "correlations", "accumulate"))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

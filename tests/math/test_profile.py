@@ -58,17 +58,18 @@ def test_threads_add_to_the_step_that_started_them():
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_cross_counts_its_samples(n, rng):
+def test_correlations_count_their_samples(n, rng):
     support = make_support(9, 3)
     m, origin = len(support), np.zeros((n, 3))
     grid, spectra = np.ones((9, 9, 5), np.complex64), np.ones((1, m), np.complex64)
-    arguments = np.zeros(n, np.int64), np.tile(np.eye(3), (n, 1, 1)), origin, support, 1
-    with profiling() as profile, step("cross"):
-        ops.cross(grid, spectra, abs(spectra), np.zeros(1, np.int64), *arguments)
-    found = profile.steps["cross",]
-    # 50 of a trilinear sample, 30 of what is done with it (as counted in ops/cross.py).
-    assert found.flops == 80 * n * m
-    assert found.moved == 8 * (9 * 9 * 5) + (8 + 4) * m + 8 * n * 4 * 7 * 7
+    arguments = np.zeros(n, np.int64), np.tile(np.eye(3), (n, 1, 1)), origin, np.ones((3, 7), np.complex64), support, 1
+    with profiling() as profile, step("correlations"):
+        ops.correlations(grid, spectra, abs(spectra), np.zeros(1, np.int64), *arguments)
+    found = profile.steps["correlations",]
+    # 50 of a trilinear sample, 30 of what is done with it (as counted in ops/correlations.py); and three sums along an
+    # axis to three shifts: of 4 x 7 x 7 voxels, of 4 x 7 x 3, of 4 x 3 x 3.
+    assert found.flops == n * (80 * m + 8 * 3 * 4 * (49 + 21 + 9))
+    assert found.moved == 8 * (9 * 9 * 5) + (8 + 4) * m + 4 * n * 27
 
 
 def test_table_shows_what_bounds():

@@ -145,4 +145,4 @@ def test_who_screens(options, expected, rng, monkeypatch):
     window = Band(plan, state, 7, 7).inner_window
     assert (window is not None) == expected
     if window is not None:
-        assert window.support.r_max == 4
+        assert window.r_max == 4

@@ -16,7 +16,7 @@ KERNELS = {
     "normal_equations": {"normal_equations"},
     "accumulate": {"accumulate"},
     "assign": {"assign"},
-    "cross": {"cross"},
+    "correlations": {"cross"},
     "harmonics": {"harmonics"},
     "peaks": {"so3_maxima", "so3_select"},
 }
@@ -57,7 +57,7 @@ def calls():
         "normal_equations": [(grid, spectra, abs(spectra), zero, *pose, one, support, 1)],
         "accumulate": [(grid[None], abs(grid)[None], zero, zero, zero, eye, nothing, np.ones(1), support, 1, 1)],
         "assign": [(eye, nothing, *pose, one, 1.0)],
-        "cross": [(grid, spectra, abs(spectra), zero, zero, eye, nothing, support, 1)],
+        "correlations": [(grid, spectra, abs(spectra), zero, zero, eye, nothing, spectra[:, :7].copy(), support, 1)],
         "harmonics": [(np.ones((1, 3)), 3)],
         "peaks": [(np.ones((1, 4, 4, 4), np.float32), 2, 10.0)],
     }

@@ -1,4 +1,6 @@
-"""rotate, residual, normal equations, cross and accumulate on every executor, against float64 sums written out."""
+"""Rotations, residuals, normal equations, correlations and sums on every executor, against float64 sums written out."""
+
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -222,40 +224,82 @@ def test_residual_of_an_exact_model_is_rounding(run, rng, oracles):
     assert run("residual", *c.values()).sum() < 1e-10 * 2 * (np.abs(a) ** 2).sum()
 
 
-def cross_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries):
+def lattice_waves(box, r_max, reach, spacing, dtype):
+    """Shifts along an axis, and their waves."""
+    line = spacing * np.arange(-reach, reach + 1)
+    return line, np.exp(2j * np.pi / box * line[:, None] * np.arange(-r_max, r_max + 1)).astype(dtype)
+
+
+def correlations_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries, reach=2, spacing=0.7):
     c = case(oracles, rng, box, r_max, padding, dtype, n_particles, 1)
+    particle = rng.integers(0, n_particles, n_entries)
+    centres = rng.uniform(-3, 3, (n_entries, 3)) * (np.arange(n_entries) % 3 > 0)[:, None]  # of three one about 0
+    if n_entries > 6:  # what one entry shares with that before it: all, the centre only, the particle only
+        particle[3], centres[3] = particle[2], centres[2]
+        particle[4], centres[4] = (particle[3] + 1) % n_particles, centres[3]
+        particle[5], centres[5] = particle[4], centres[4] + [0, 0, 1e-3]
     return {name: c[name] for name in ("grid", "spectra", "weights", "weight_index")} | {
-        "particle": rng.integers(0, n_particles, n_entries),
+        "particle": particle,
         "rotations": random_rotations(n_entries, rng),
-        # Of three entries one about the origin: the loop has a short way there.
-        "centres": rng.uniform(-3, 3, (n_entries, 3)) * (np.arange(n_entries) % 3 > 0)[:, None],
+        "centres": centres,
+        "waves": lattice_waves(box, r_max, reach, spacing, dtype)[1],
         "support": c["support"],
         "padding": padding,
     }
 
 
+def literal_correlations(oracles, c, line):
+    """Sums over the voxels written out at each shift, float64."""
+    xi, box, padding = c["support"].coords.astype(float), c["support"].box, c["padding"]
+    cube = oracles.cube_of_grid(c["grid"].astype(complex))
+    shifts = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1)
+    expected, power = np.zeros((len(c["particle"]), *shifts.shape[:3])), np.zeros(len(c["particle"]))
+    for e, (b, r, centre) in enumerate(zip(c["particle"], c["rotations"], c["centres"], strict=True)):
+        v = c["weights"][c["weight_index"][b]].astype(float)
+        a = oracles.sample(cube, padding * (xi @ r))  # A(R^T xi)
+        values = v * c["spectra"][b] * a.conj()
+        for index in np.ndindex(shifts.shape[:3]):
+            # `phase` is that of a shift, exp(-2 pi i xi.t / N).
+            expected[(e, *index)] = 2 * (values * oracles.phase(xi, centre + shifts[index], box).conj()).sum().real
+        power[e] = 2 * (v * abs(a) ** 2).sum()
+    return expected, power
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("box", "r_max", "padding"), SIZES)
-@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 7), (1, 1), (2, 0)])
-def test_cross(run, n_particles, n_entries, box, r_max, padding, dtype, rng, oracles):
-    c = cross_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries)
-    crops, power = run("cross", *c.values())
-    xi = c["support"].coords
-    cube = oracles.cube_of_grid(c["grid"].astype(complex))
-    expected = np.zeros((n_entries, r_max + 1, 2 * r_max + 1, 2 * r_max + 1), complex)
-    expected_power = np.zeros(n_entries)
-    for e, (b, r, t) in enumerate(zip(c["particle"], c["rotations"], c["centres"], strict=True)):
-        v = c["weights"][c["weight_index"][b]].astype(float)
-        a = oracles.sample(cube, padding * (xi.astype(float) @ r))  # A(R^T xi)
-        values = v * c["spectra"][b] * a.conj() * np.conj(oracles.phase(xi.astype(float), t, box))
-        expected[e, xi[:, 0], xi[:, 1] + r_max, xi[:, 2] + r_max] = values
-        expected_power[e] = 2 * (v * abs(a) ** 2).sum()
-    assert crops.dtype == dtype
-    assert crops.shape == expected.shape
+@pytest.mark.parametrize(("n_particles", "n_entries"), [(3, 11), (1, 1), (2, 0)])
+def test_correlations(run, n_particles, n_entries, box, r_max, padding, dtype, rng, oracles):
+    c = correlations_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries)
+    found, power = run("correlations", *c.values())
+    expected, expected_power = literal_correlations(oracles, c, lattice_waves(box, r_max, 2, 0.7, dtype)[0])
+    assert found.dtype == real(dtype)
+    assert found.shape == expected.shape
     assert power.dtype == np.float64
-    assert np.linalg.norm(crops - expected) <= BOUND[dtype] * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) <= BOUND[dtype] * np.linalg.norm(expected)
     assert np.linalg.norm(power - expected_power) <= BOUND[dtype] * np.linalg.norm(expected_power)
-    assert (crops[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("reach", "spacing"), [(0, 1.0), (1, 1.0), (7, 0.4), (8, 0.4), (9, 1.0)])
+def test_correlations_at_few_and_many_shifts(run, reach, spacing, dtype, rng, oracles):
+    """One, and more than the CPU's vectors hold."""
+    c = correlations_case(oracles, rng, 12, 5, 2, dtype, 2, 3, reach, spacing)
+    found, _ = run("correlations", *c.values())
+    expected, _ = literal_correlations(oracles, c, lattice_waves(12, 5, reach, spacing, dtype)[0])
+    assert np.linalg.norm(found - expected) <= BOUND[dtype] * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("piece", "together"), [(1, 1), (20, 3), (40, 8)])
+def test_correlations_in_pieces(run, piece, together, rng, oracles, monkeypatch):
+    """On the CPU of the rows of a plane, and of rotations; on a GPU of as many as there is memory for."""
+    c = correlations_case(oracles, rng, 13, 6, 2, np.complex64, 3, 11)
+    module = import_module("faml_gpu.ops.correlations")
+    whole = run("correlations", *c.values())
+    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(module, "working_bytes", lambda array: 24 * 7 * 13**2 * together)
+    for one, other in zip(whole, run("correlations", *c.values()), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(one)
 
 
 def accumulate_case(oracles, rng, box, r_max, padding, dtype, n_particles, n_entries):
@@ -308,7 +352,7 @@ def test_accumulate_adds_in_the_order_of_the_list(run, rng, oracles):
 
 
 WRONG_RESIDUAL = ["spectra", "weights", "weight_index", "rotations", "shifts", "count"]
-WRONG_CROSS = ["spectra", "weights", "weight_index", "particle", "rotations", "centres"]
+WRONG_CORRELATIONS = ["spectra", "weights", "weight_index", "particle", "rotations", "centres", "waves"]
 WRONG_ACCUMULATE = ["weight_index", "particle", "class_index", "rotations", "shifts", "probability"]
 
 
@@ -332,16 +376,16 @@ def test_residual_refuses(run, op, name, how, rng, oracles):
 
 
 @pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
-@pytest.mark.parametrize("name", WRONG_CROSS)
-def test_cross_refuses(run, name, how, rng, oracles):
-    c = cross_case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
+@pytest.mark.parametrize("name", WRONG_CORRELATIONS)
+def test_correlations_refuses(run, name, how, rng, oracles):
+    c = correlations_case(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
     if (name, how) == ("particle", "shape"):
         c["rotations"] = c["rotations"][:-1]  # the length of `particle` is what the others are held against
         name = "rotations"
     else:
         c[name] = spoiled(c[name], how)
     with pytest.raises((TypeError, ValueError), match=name):
-        run("cross", *c.values())
+        run("correlations", *c.values())
 
 
 @pytest.mark.parametrize("how", ["dtype", "strided", "shape"])
@@ -364,14 +408,14 @@ def test_rotate_refuses_rotations(run, how, rng, oracles):
         run("rotate", grid, spoiled(random_rotations(3, rng), how), rng.standard_normal((4, 3)), 1)
 
 
-@pytest.mark.parametrize("op", ["rotate", "residual", "cross", "accumulate"])
+@pytest.mark.parametrize("op", ["rotate", "residual", "correlations", "accumulate"])
 def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
     if op == "rotate":
         c = {"grid": oracles.random_grid(rng, 5), "r": random_rotations(3, rng), "c": np.zeros((4, 3)), "p": 1}
     elif op == "residual":
         c = case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
-    elif op == "cross":
-        c = cross_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
+    elif op == "correlations":
+        c = correlations_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
     else:
         c = accumulate_case(oracles, rng, 12, 5, 2, np.complex128, 3, 4)
     name = next(iter(c))
@@ -390,14 +434,14 @@ def test_grids_are_refused_strided_or_real(run, op, rng, oracles):
         ("accumulate", "weight_grids", lambda a: a[:, :-2, :-2, :-1].copy()),
         ("accumulate", "grids", lambda a: a[:, :-1].copy()),
         ("accumulate", "grids", lambda a: a[:, :-2, :-2, :-1].copy()),
-        ("cross", "grid", lambda a: a[:-2, :-2, :-1].copy()),
+        ("correlations", "grid", lambda a: a[:-2, :-2, :-1].copy()),
         ("normal_equations", "grid", lambda a: a[:-1].copy()),
         ("residual", "grid", lambda a: a[:-1].copy()),
         ("residual", "grid", lambda a: a[:-2, :-2, :-1].copy()),
     ],
 )
 def test_grids_of_another_size_or_type_are_refused(run, op, name, spoil, rng, oracles):
-    make = {"accumulate": accumulate_case, "cross": cross_case}.get(op, case)
+    make = {"accumulate": accumulate_case, "correlations": correlations_case}.get(op, case)
     c = make(oracles, rng, 12, 5, 2, np.complex64, 3, 4)
     c[name] = spoil(c[name])
     with pytest.raises((TypeError, ValueError), match=name):

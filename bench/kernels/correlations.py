@@ -1,4 +1,7 @@
-"""Cross spectra of the shift search, `ops.cross`: python bench/kernels/cross.py [--device cuda] [--quick]."""
+"""Rotations compared at a lattice of shifts, `ops.correlations`: python bench/kernels/correlations.py [--device cuda].
+
+At 7 x 7 x 7 shifts, as cells of the sampler `joint` are; the bare gathers next to it do nothing of the transform.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ from faml_gpu import ops
 from faml_gpu.array_backend import to_host
 from faml_gpu.fourier import Support
 from faml_gpu.geometry import random_rotations
-from faml_gpu.ops.cross import FLOPS
+from faml_gpu.ops.correlations import FLOPS
+
+LINE = np.arange(-3.0, 4.0)  # shifts along an axis, voxels
 
 
 def entries(rng: np.random.Generator, b: int, n: int, support: Support) -> tuple[np.ndarray, ...]:
@@ -33,24 +38,33 @@ def entries(rng: np.random.Generator, b: int, n: int, support: Support) -> tuple
     return spectra, wedge(support)[None], np.zeros(b, np.int64), particle, random_rotations(b * n, rng), centres
 
 
+def shift_waves(support: Support) -> np.ndarray:
+    """Of seven shifts along an axis, a voxel apart."""
+    k = np.arange(-support.r_max, support.r_max + 1)
+    return np.exp(2j * np.pi / support.box * LINE[:, None] * k).astype(np.complex64)
+
+
 def validate(setting: Setting) -> float:
     rng = np.random.default_rng(1)
     support, grid = support_on(setting, 16), random_grid(rng, 7)
     spectra, weights, _, particle, rotations, centres = given = entries(rng, 2, 3, support)
-    crops, power = map(to_host, ops.cross(*map(setting.put, (grid, *given[:6])), support, PADDING))
+    waves = shift_waves(support)
+    found, power = map(to_host, ops.correlations(*map(setting.put, (grid, *given[:6], waves)), support, PADDING))
     xi = to_host(support.coords)
-    expected, expected_power = np.zeros_like(crops, np.complex128), np.zeros(len(power))
+    # Over all xi: [xi, t] along each axis.
+    at_shifts = [np.exp(2j * np.pi / 16 * xi[:, axis, None] * LINE) for axis in range(3)]
+    expected, expected_power = np.zeros(found.shape), np.zeros(len(power))
     for e, (b, r, c) in enumerate(zip(particle, rotations, centres, strict=True)):
         turned = trilinear(whole(grid), PADDING * xi.astype(float) @ r)
         moved = weights[0] * spectra[b] * turned.conj() * np.exp(2j * np.pi / 16 * xi @ c)
-        expected[e, xi[:, 0], xi[:, 1] + 7, xi[:, 2] + 7] = moved
+        expected[e] = 2 * np.einsum("m,mx,my,mz->xyz", moved, *at_shifts, optimize=True).real
         expected_power[e] = 2 * (weights[0] * abs(turned) ** 2).sum()
-    off = abs(crops - expected).max() / abs(expected).max(), abs(power / expected_power - 1).max()
+    off = abs(found - expected).max() / abs(expected).max(), abs(power / expected_power - 1).max()
     return float(max(off))
 
 
 def main() -> None:
-    with benchmark("cross", __doc__, validate, 1e-5) as (setting, report):
+    with benchmark("correlations", __doc__, validate, 1e-5) as (setting, report):
         for box in setting.boxes(32, 64, 128):
             rng = np.random.default_rng(box)
             support = support_on(setting, box)
@@ -58,13 +72,14 @@ def main() -> None:
             b = max(1, 10**6 // (n * m)) * (1 if setting.device == "cpu" else 40)
             grid = setting.put(random_grid(rng, support.r_max))
             given = tuple(map(setting.put, entries(rng, b, n, support)))
+            waves = setting.put(shift_waves(support))
             gather = gather_seconds(setting, grid, given[4], support, rows=True)
             seen = float(given[1].mean())  # voxels without weight are skipped
-            samples, crop = b * n * m * seen, 8 * b * n * (support.r_max + 1) * (2 * support.r_max + 1) ** 2
+            samples, correlations = b * n * m * seen, 4 * b * n * len(LINE) ** 3
             for block in setting.blocks("cross"):
-                work = partial(ops.cross, grid, *given, support, PADDING)
+                work = partial(ops.correlations, grid, *given, waves, support, PADDING)
                 report.add(
-                    setting.seconds(work), moved=grid.nbytes + given[0].nbytes + given[1].nbytes + crop,
+                    setting.seconds(work), moved=grid.nbytes + given[0].nbytes + given[1].nbytes + correlations,
                     flops=FLOPS * samples, gathers=None if gather is None else gather * samples,
                     box=box, entries=b * n, **block,
                 )  # fmt: skip
