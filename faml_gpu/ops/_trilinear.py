@@ -17,11 +17,11 @@ __all__ = [
     "U",
     "all_of",
     "fill_cells",
+    "fill_gradients",
+    "fill_real",
     "fill_samples",
     "intrinsic",
     "sample_complex",
-    "sample_gradient",
-    "sample_real",
 ]
 
 GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the two sums of eight; one way of counting
@@ -140,32 +140,6 @@ def sample_complex(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
     return re, sign * im
 
 
-@numba.njit(inline="always", cache=True)
-def sample_gradient(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
-    """As `sample_complex`, (re, im), and the derivatives of that along x, y and z, (re, im) each."""
-    sign, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(c, x, y, z)
-    at00, at10, at01, at11 = _edges(c, x0, y0, z0)
-    low_re, low_im, high_re, high_im = _two_columns(grid, at00, at10, at01, at11, a, b, d, e)
-    x_re, x_im = high_re - low_re, high_im - low_im
-    # What multiplies a difference along y, and one along z.
-    below, above, back, front = a + b, d + e, a + d, b + e
-    y0_re, y0_im, y1_re, y1_im = _two_columns(grid, at00, at10, at01, at11, -below, below, -above, above)
-    z0_re, z0_im, z1_re, z1_im = _two_columns(grid, at00, at10, at01, at11, -back, -front, back, front)
-    y_re, y_im = y0_re + fx * (y1_re - y0_re), y0_im + fx * (y1_im - y0_im)
-    z_re, z_im = z0_re + fx * (z1_re - z0_re), z0_im + fx * (z1_im - z0_im)
-    # f(-u) = conj f(u): of the derivatives the real part changes its sign.
-    return low_re + fx * x_re, sign * (low_im + fx * x_im), sign * x_re, x_im, sign * y_re, y_im, sign * z_re, z_im
-
-
-@numba.njit(inline="always", cache=True)
-def sample_real(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
-    """Value at (x, y, z) of a centred half grid (2c + 1, 2c + 1, c + 1) of a point-symmetric real function."""
-    _, x0, x1, y0, y1, z0, z1, a, b, d, e, fx = _cell(c, x, y, z)
-    v0 = a * grid[z0, y0, x0] + b * grid[z0, y1, x0] + d * grid[z1, y0, x0] + e * grid[z1, y1, x0]
-    v1 = a * grid[z0, y0, x1] + b * grid[z0, y1, x1] + d * grid[z1, y0, x1] + e * grid[z1, y1, x1]
-    return v0 + fx * (v1 - v0)
-
-
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
 def fill_cells(
     c: int, r: Any, xs: Any, ys: Any, zs: Any, n: int, line: Any, column: Any, edges: Any, sign: Any
@@ -203,3 +177,51 @@ def fill_samples(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, edge
         re[j], im[j] = _between_columns(
             grid, at, at + width, at + plane, at + plane + width, a[j], b[j], d[j], e[j], fx[j]
         )
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def fill_gradients(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, edges: Any, sign: Any, out: Any) -> None:
+    """Samples as `fill_samples`, and their derivatives along x, y and z: (re, im) of each of the four, out (8, n)."""
+    width = np.int64(2 * (c + 1))
+    plane = width * np.int64(2 * c + 1)
+    for i in range(n):
+        j = U(i)
+        if w[j] == 0:
+            for k in range(8):
+                out[k, j] = 0
+            continue
+        at00 = np.int64(line[j]) * width + np.int64(2 * column[j])
+        at10, at01, at11 = at00 + width, at00 + plane, at00 + plane + width
+        a, b, d, e, fx, turned = edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j], sign[j]
+        low_re, low_im, high_re, high_im = _two_columns(grid, at00, at10, at01, at11, a, b, d, e)
+        x_re, x_im = high_re - low_re, high_im - low_im
+        # What multiplies a difference along y, and one along z.
+        below, above, back, front = a + b, d + e, a + d, b + e
+        y0_re, y0_im, y1_re, y1_im = _two_columns(grid, at00, at10, at01, at11, -below, below, -above, above)
+        z0_re, z0_im, z1_re, z1_im = _two_columns(grid, at00, at10, at01, at11, -back, -front, back, front)
+        # f(-u) = conj f(u): of the derivatives the real part changes its sign.
+        out[0, j], out[1, j] = low_re + fx * x_re, turned * (low_im + fx * x_im)
+        out[2, j], out[3, j] = turned * x_re, x_im
+        out[4, j], out[5, j] = turned * (y0_re + fx * (y1_re - y0_re)), y0_im + fx * (y1_im - y0_im)
+        out[6, j], out[7, j] = turned * (z0_re + fx * (z1_re - z0_re)), z0_im + fx * (z1_im - z0_im)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def fill_real(grid: Any, c: int, n: int, line: Any, column: Any, edges: Any, out: Any) -> None:
+    """Samples of a centred half grid (2c + 1, 2c + 1, c + 1) of a point-symmetric real function, flat."""
+    width = np.int64(c + 1)
+    plane = width * np.int64(2 * c + 1)
+    for i in range(n):
+        j = U(i)
+        at = np.int64(line[j]) * width + np.int64(column[j])
+        a, b, d, e = edges[0, j], edges[1, j], edges[2, j], edges[3, j]
+        at00, at10, at01, at11 = (
+            np.uint64(at),
+            np.uint64(at + width),
+            np.uint64(at + plane),
+            np.uint64(at + plane + width),
+        )
+        one = np.uint64(1)
+        v0 = a * grid[at00] + b * grid[at10] + d * grid[at01] + e * grid[at11]
+        v1 = a * grid[at00 + one] + b * grid[at10 + one] + d * grid[at01 + one] + e * grid[at11 + one]
+        out[j] = v0 + edges[4, j] * (v1 - v0)

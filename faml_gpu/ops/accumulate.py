@@ -9,15 +9,15 @@ import numpy as np
 
 from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
-from faml_gpu.fourier import Support
+from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._trilinear import GATHER_FLOPS, sample_complex, sample_real
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, longest, piece_starts
+from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_real, fill_samples
 from faml_gpu.profile import tally
 
 __all__ = ["accumulate"]
 
 FLOPS = GATHER_FLOPS + 46  # of a voxel: the sample of the weight 24, phase, its product and both sums 22
-BLOCK = 256  # output voxels a task of the CPU loop owns
 
 
 def accumulate(
@@ -106,26 +106,30 @@ def _accumulate_cpu(
     n_classes: int,
     weigh_twice: bool,
 ) -> tuple[Array, Array]:
-    real = real_view(grids)
-    sums = np.zeros((n_classes, len(support)), np.complex128)
-    weight_sums = np.zeros((n_classes, len(support)))
+    real, k, m = real_view(grids), n_classes, len(support)
+    sums, weight_sums = np.zeros((k, 2, m)), np.zeros((k, m))  # real and imaginary parts apart
+    order, rows = support_rows(support)
     _accumulate_loop(
         real,
-        weight_grids,
+        weight_grids.reshape(len(weight_grids), -1),
+        weight_grids.shape[-1] - 1,
         weight_index,
         particle,
         class_index,
-        rotations.astype(real.dtype),
+        rotations.astype(real.dtype).transpose(0, 2, 1),  # R xi, where the other loops have R^T xi
         real.dtype.type(padding),
-        _phase_tables(rotations, shifts, support, grids.dtype),
+        real_view(_phase_tables(rotations, shifts, support, grids.dtype)),
         probability,
-        support.coords,
-        support.r_max,
+        rows,
+        piece_starts(rows, PIECE),
         weigh_twice,
         sums,
         weight_sums,
     )
-    return sums, weight_sums
+    complex_sums, ordered = np.empty((k, m), np.complex128), np.empty((k, m))
+    complex_sums.real[:, order], complex_sums.imag[:, order] = sums[:, 0], sums[:, 1]
+    ordered[:, order] = weight_sums
+    return complex_sums, ordered
 
 
 def _accumulate_cuda(
@@ -192,10 +196,11 @@ def _phase_tables(rotations: Array, shifts: Array, support: Support, dtype: Any)
     return xp.exp(2j * np.pi / support.box * turned[:, :, None] * k).astype(dtype)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _accumulate_loop(
     grids: Any,
     weight_grids: Any,
+    d: int,
     weight_index: Any,
     particle: Any,
     class_index: Any,
@@ -203,31 +208,55 @@ def _accumulate_loop(
     padding: Any,
     phase: Any,
     probability: Any,
-    coords: Any,
-    r_max: int,
+    rows: Any,
+    starts: Any,
     weigh_twice: bool,
     sums: Any,
     weight_sums: Any,
 ) -> None:
-    c = grids.shape[3] - 1
-    d = weight_grids.shape[3] - 1
-    m = coords.shape[0]
-    real = type(padding)
-    for block in numba.prange((m + BLOCK - 1) // BLOCK):
-        for e in range(particle.shape[0]):
+    c, piece = grids.shape[3] - 1, longest(rows, starts)
+    for p in numba.prange(len(starts) - 1):
+        some = rows[starts[p] : starts[p + 1]]
+        start, n = some[0, 3], some[-1, 4] - some[0, 3]
+        xs, ys, zs = np.empty(piece, grids.dtype), np.empty(piece, grids.dtype), np.empty(piece, grids.dtype)
+        line, column = np.empty(piece, np.int32), np.empty(piece, np.int32)
+        edges, sign = np.empty((5, piece), grids.dtype), np.empty(piece, grids.dtype)
+        re, im, w = np.empty(piece, grids.dtype), np.empty(piece, grids.dtype), np.empty(piece, grids.dtype)
+        ones, moved = np.ones(piece, grids.dtype), np.empty((2, piece), grids.dtype)
+        of_one = np.zeros((piece, 2), grids.dtype)
+        of_one[:, 0] = 1
+        fill_coordinates(some, xs, ys, zs)
+        for e in range(len(particle)):
             b, k = particle[e], class_index[e]
-            grid, weight = grids[b], weight_grids[weight_index[b]]
-            r, p, table = rotations[e], probability[e], phase[e]
-            for j in range(block * BLOCK, min((block + 1) * BLOCK, m)):
-                kx, ky, kz = coords[j, 0], coords[j, 1], coords[j, 2]
-                fx, fy, fz = real(kx), real(ky), real(kz)
-                x = r[0, 0] * fx + r[0, 1] * fy + r[0, 2] * fz
-                y = r[1, 0] * fx + r[1, 1] * fy + r[1, 2] * fz
-                z = r[2, 0] * fx + r[2, 1] * fy + r[2, 2] * fz
-                w = sample_real(weight, d, x, y, z)
-                re, im = sample_complex(grid, c, x * padding, y * padding, z * padding)
-                value = complex(re, im) * (table[0, kx + r_max] * table[1, ky + r_max] * table[2, kz + r_max])
-                if weigh_twice:
-                    value *= w
-                sums[k, j] += p * value
-                weight_sums[k, j] += p * w
+            fill_cells(d, rotations[e], xs, ys, zs, n, line, column, edges, sign)
+            fill_real(weight_grids[weight_index[b]], d, n, line, column, edges, w)
+            fill_cells(c, rotations[e] * padding, xs, ys, zs, n, line, column, edges, sign)
+            fill_samples(grids[b], c, ones, n, line, column, edges, re, im)
+            fill_moved(of_one, ones, some, phase[e], moved)
+            part = slice(start, start + n)
+            _add(probability[e], n, re, im, sign, w, moved, weigh_twice, sums[k, :, part], weight_sums[k, part])
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
+def _add(
+    p: float,
+    n: int,
+    re: Any,
+    im: Any,
+    sign: Any,
+    w: Any,
+    phase: Any,
+    weigh_twice: bool,
+    sums: Any,
+    weight_sums: Any,
+) -> None:
+    """Add p times the samples, each times its phase, and p times the weights."""
+    fr, fi, sum_re, sum_im = phase[0], phase[1], sums[0], sums[1]
+    if weigh_twice:
+        for j in range(n):
+            re[j], im[j] = w[j] * re[j], w[j] * im[j]
+    for j in range(n):
+        turned = sign[j] * im[j]
+        sum_re[j] += p * (re[j] * fr[j] - turned * fi[j])
+        sum_im[j] += p * (re[j] * fi[j] + turned * fr[j])
+        weight_sums[j] += p * w[j]

@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin, working_bytes
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._phases import fill_phases
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, longest, piece_starts
 from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_samples
 from faml_gpu.ops._window import SUMS, add_plane, add_rows, correlations_of, wave_tables
 from faml_gpu.profile import tally
@@ -21,7 +21,6 @@ __all__ = ["correlations"]
 FLOPS = (
     GATHER_FLOPS + 30
 )  # of a voxel: power 4, product with the particle and its weight 8, phase 12, product with it 6
-PIECE = 512  # voxels worked on at a time, at least the longest row
 TOGETHER = 8  # rotations worked on at a time: of those close together a piece reads nearly the same of the reference
 CACHED = 1 << 18  # bytes of their sums, for fewer shifts of more rotations or the other way round
 
@@ -116,7 +115,7 @@ def _correlations_cpu(
         along,
         tables,
         min(TOGETHER, max(1, CACHED // (of_x * real.itemsize))),
-        max(PIECE, 2 * support.r_max + 1),
+        piece_starts(rows, PIECE),
         found,
         power,
     )
@@ -190,11 +189,12 @@ def _correlations_loop(
     along: Any,
     tables: Any,
     together: int,
-    piece: int,
+    starts: Any,
     found: Any,
     power: Any,
 ) -> None:
     c, entries, n_y = grid.shape[2] - 1, len(particle), len(tables) * 2 * along.shape[2] * SUMS
+    piece = longest(rows, starts)
     for group in numba.prange((entries + together - 1) // together):
         begin, end = group * together, min((group + 1) * together, entries)
         xs, ys, zs = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
@@ -211,54 +211,25 @@ def _correlations_loop(
             same[i] = i > 0 and particle[e] == particle[e - 1] and (centres[e] == centres[e - 1]).all()
             if not same[i]:
                 fill_phases(phases[i], centres[e], box)
-        first = 0
-        while first < len(rows):
-            last, kx, start = first, rows[first, 0], rows[first, 3]
-            while last < len(rows) and rows[last, 0] == kx and rows[last, 4] - start <= piece:
-                last += 1
-            some = rows[first:last]
-            n = some[-1, 4] - start
-            _fill_coordinates(some, xs, ys, zs)
+        for p in range(len(starts) - 1):
+            some = rows[starts[p] : starts[p + 1]]
+            start, n = some[0, 3], some[-1, 4] - some[0, 3]
+            fill_coordinates(some, xs, ys, zs)
             for e in range(begin, end):
                 i = e - begin
                 w = weights[weight_index[particle[e]], start : start + n]
                 if not same[i]:
-                    _fill_moved(spectra[particle[e], start : start + n], w, some, phases[i], moved)
+                    fill_moved(spectra[particle[e], start : start + n], w, some, phases[i], moved)
                 fill_cells(c, rotations[e], xs, ys, zs, n, line, column, edges, sign)
                 fill_samples(grid, c, w, n, line, column, edges, re, im)
                 power[e] += 2 * _multiply(moved, w, n, sign, re, im)
                 add_rows(re, im, some, r_max, along, tables, sums, of_y[i])
-            if last == len(rows) or rows[last, 0] != kx:
+            if starts[p + 1] == len(rows) or rows[starts[p + 1], 0] != some[0, 0]:
                 for i in range(end - begin):
-                    add_plane(kx + r_max, along, of_y[i], of_x[i])
+                    add_plane(some[0, 0] + r_max, along, of_y[i], of_x[i])
                 of_y[:] = 0
-            first = last
         for e in range(begin, end):
             correlations_of(of_x[e - begin], found[e])
-
-
-@numba.njit(nogil=True, cache=True)
-def _fill_coordinates(rows: Any, xs: Any, ys: Any, zs: Any) -> None:
-    for i in range(len(rows)):
-        kx, ky, first, start, stop = rows[i]
-        for j in range(stop - start):
-            at = start - rows[0, 3] + j
-            xs[at], ys[at], zs[at] = kx, ky, first + j
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def _fill_moved(spectrum: Any, w: Any, rows: Any, phase: Any, moved: Any) -> None:
-    """v X exp(2 pi i xi.c / N) of some rows, real and imaginary parts (2, n); phase: of c, from `fill_phases`."""
-    r_max = phase.shape[1] // 2
-    for i in range(len(rows)):
-        kx, ky, first, start, stop = rows[i]
-        px, py = phase[0, kx + r_max], phase[1, ky + r_max]
-        qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-        for k in range(stop - start):
-            j, zr, zi = start - rows[0, 3] + k, phase[2, first + k + r_max, 0], phase[2, first + k + r_max, 1]
-            pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
-            a, b = w[j] * spectrum[j, 0], w[j] * spectrum[j, 1]
-            moved[0, j], moved[1, j] = a * pr - b * pi, a * pi + b * pr
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})

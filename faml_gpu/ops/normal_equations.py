@@ -11,8 +11,8 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import posed_particles, real_view
-from faml_gpu.ops._phases import fill_phases
-from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_gradient
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, longest, piece_starts
+from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_gradients
 from faml_gpu.profile import tally
 
 __all__ = ["normal_equations"]
@@ -93,6 +93,7 @@ def _normal_equations_cpu(
         shifts,
         count,
         rows,
+        piece_starts(rows, PIECE),
         support.box,
         support.r_max,
         out,
@@ -123,8 +124,7 @@ def _normal_equations_cuda(
     return out
 
 
-# reassoc: sums along a row may be several partial ones, as vector instructions make them.
-@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _normal_equations_loop(
     grid: Any,
     spectra: Any,
@@ -134,64 +134,71 @@ def _normal_equations_loop(
     shifts: Any,
     count: Any,
     rows: Any,
+    starts: Any,
     box: int,
     r_max: int,
     out: Any,
 ) -> None:
-    c, side = grid.shape[2] - 1, 2 * r_max + 1
-    n = rotations.shape[1]
-    real = type(rotations[0, 0, 0, 0])
-    turn = real(2 * np.pi / box)
-    for task in numba.prange(rotations.shape[0] * n):
-        b, i = task // n, task % n
+    c, n_poses, piece = grid.shape[2] - 1, rotations.shape[1], longest(rows, starts)
+    for task in numba.prange(rotations.shape[0] * n_poses):
+        b, i = task // n_poses, task % n_poses
         if i >= count[b]:
             continue
-        r = rotations[b, i]
-        phase = np.empty((3, side, 2), grid.dtype)
-        fill_phases(phase, shifts[b, i], -box)
-        x_particle, w_particle = spectra[b], weights[weight_index[b]]
-        g, total = np.empty((7, 2, side), grid.dtype), np.zeros((7, 7))  # w times the seven, along a row
-        for row in range(rows.shape[0]):
-            kx, ky, first, start, stop = rows[row]
-            x, y = real(kx), real(ky)
-            x0, y0, z0 = r[0, 0] * x + r[1, 0] * y, r[0, 1] * x + r[1, 1] * y, r[0, 2] * x + r[1, 2] * y
-            px, py, along = phase[0, kx + r_max], phase[1, ky + r_max], phase[2]
-            qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-            seen = U(0)
-            for j in range(start, stop):
-                w = w_particle[U(j)]
-                if w == 0:
-                    continue
-                kz = np.int32(first + (j - start))
-                z, uz = real(kz), U(kz + r_max)
-                re, im, xr, xi, yr, yi, zr, zi = sample_gradient(
-                    grid, c, x0 + r[2, 0] * z, y0 + r[2, 1] * z, z0 + r[2, 2] * z
-                )
-                ar, ai = along[uz, R], along[uz, I]
-                pr, pi = w * (qr * ar - qi * ai), w * (qr * ai + qi * ar)
-                # R grad A, with the padding; its vector product with xi.
-                ur, ui = r[0, 0] * xr + r[0, 1] * yr + r[0, 2] * zr, r[0, 0] * xi + r[0, 1] * yi + r[0, 2] * zi
-                vr, vi = r[1, 0] * xr + r[1, 1] * yr + r[1, 2] * zr, r[1, 0] * xi + r[1, 1] * yi + r[1, 2] * zi
-                wr, wi = r[2, 0] * xr + r[2, 1] * yr + r[2, 2] * zr, r[2, 0] * xi + r[2, 1] * yi + r[2, 2] * zi
-                fr, fi = vr * z - wr * y, vi * z - wi * y
-                hr, hi = wr * x - ur * z, wi * x - ui * z
-                lr, li = ur * y - vr * x, ui * y - vi * x
-                g[0, 0, seen], g[0, 1, seen] = fr * pr - fi * pi, fr * pi + fi * pr
-                g[1, 0, seen], g[1, 1, seen] = hr * pr - hi * pi, hr * pi + hi * pr
-                g[2, 0, seen], g[2, 1, seen] = lr * pr - li * pi, lr * pi + li * pr
-                mr, mi = re * pr - im * pi, re * pi + im * pr
-                g[3, 0, seen], g[3, 1, seen] = turn * x * mi, -turn * x * mr
-                g[4, 0, seen], g[4, 1, seen] = turn * y * mi, -turn * y * mr
-                g[5, 0, seen], g[5, 1, seen] = turn * z * mi, -turn * z * mr
-                g[6, 0, seen], g[6, 1, seen] = w * x_particle[U(j), R] - mr, w * x_particle[U(j), I] - mi
-                seen += U(1)
-            for p in range(7):
-                for q in range(p, 7):
-                    one_re, one_im, other_re, other_im = g[p, 0], g[p, 1], g[q, 0], g[q, 1]
-                    of_row = real(0)
-                    for j in range(seen):
-                        of_row += one_re[U(j)] * other_re[U(j)] + one_im[U(j)] * other_im[U(j)]
-                    total[p, q] += of_row
+        phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
+        fill_phases(phase, shifts[b, i], box)
+        coords, line, column = np.empty((3, piece), grid.dtype), np.empty(piece, np.int32), np.empty(piece, np.int32)
+        edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
+        samples, moved = np.empty((8, piece), grid.dtype), np.empty((2, piece), grid.dtype)
+        g = np.empty((7, 2, piece), grid.dtype)
+        for p in range(len(starts) - 1):
+            some = rows[starts[p] : starts[p + 1]]
+            start, n = some[0, 3], some[-1, 4] - some[0, 3]
+            w = weights[weight_index[b], start : start + n]
+            fill_coordinates(some, coords[0], coords[1], coords[2])
+            # Only relative phases count: instead of the model and its derivatives the particle is moved, back.
+            fill_moved(spectra[b, start : start + n], w, some, phase, moved)
+            fill_cells(c, rotations[b, i], coords[0], coords[1], coords[2], n, line, column, edges, sign)
+            fill_gradients(grid, c, w, n, line, column, edges, sign, samples)
+            _fill_seven(rotations[b, i], coords, w, n, 2 * np.pi / box, samples, moved, g)
+            _add_products(g, n, out[b, i])
         for p in range(7):
-            for q in range(7):
-                out[b, i, p, q] = 2 * total[min(p, q), max(p, q)]
+            for q in range(p + 1):
+                out[b, i, p, q] = out[b, i, q, p] = 2 * out[b, i, q, p]
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
+def _fill_seven(r: Any, coords: Any, w: Any, n: int, turn: float, samples: Any, moved: Any, g: Any) -> None:
+    """w times the derivatives along omega and t, and times X - m, into g (7, 2, n): real and imaginary parts."""
+    turn = type(w[0])(turn)
+    xs, ys, zs = coords[0], coords[1], coords[2]
+    for part in range(2):  # real, imaginary
+        of_x, of_y, of_z = samples[2 + part], samples[4 + part], samples[6 + part]
+        about_x, about_y, about_z = g[0, part], g[1, part], g[2, part]
+        for j in range(n):
+            # R grad A, with the padding; its vector product with xi.
+            u = w[j] * (r[0, 0] * of_x[j] + r[0, 1] * of_y[j] + r[0, 2] * of_z[j])
+            v = w[j] * (r[1, 0] * of_x[j] + r[1, 1] * of_y[j] + r[1, 2] * of_z[j])
+            t = w[j] * (r[2, 0] * of_x[j] + r[2, 1] * of_y[j] + r[2, 2] * of_z[j])
+            about_x[j], about_y[j], about_z[j] = v * zs[j] - t * ys[j], t * xs[j] - u * zs[j], u * ys[j] - v * xs[j]
+    re, im, left_re, left_im, xr, xi = samples[0], samples[1], g[6, 0], g[6, 1], moved[0], moved[1]
+    for j in range(n):
+        left_re[j], left_im[j] = xr[j] - w[j] * re[j], xi[j] - w[j] * im[j]
+    for axis in range(3):
+        k, along_re, along_im = coords[axis], g[3 + axis, 0], g[3 + axis, 1]
+        for j in range(n):
+            a = turn * k[j] * w[j]
+            along_re[j], along_im[j] = a * im[j], -a * re[j]
+
+
+# reassoc: sums over a piece may be several partial ones, as vector instructions make them.
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _add_products(g: Any, n: int, total: Any) -> None:
+    """Add sum Re[conj(g_p) g_q] to total (7, 7), p <= q."""
+    for p in range(7):
+        one_re, one_im = g[p, 0], g[p, 1]
+        for q in range(p, 7):
+            other_re, other_im = g[q, 0], g[q, 1]
+            of_piece = type(g[0, 0, 0])(0)
+            for j in range(n):
+                of_piece += one_re[j] * other_re[j] + one_im[j] * other_im[j]
+            total[p, q] += of_piece

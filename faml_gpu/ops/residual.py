@@ -11,11 +11,13 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import posed_particles, real_view
-from faml_gpu.ops._phases import fill_phases
-from faml_gpu.ops._trilinear import GATHER_FLOPS, I, R, U, sample_complex
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, longest, piece_starts
+from faml_gpu.ops._trilinear import GATHER_FLOPS, U, fill_cells, fill_samples
 from faml_gpu.profile import tally
 
 __all__ = ["residual"]
+
+TOGETHER = 8  # poses of a particle worked on at a time: of those close together a piece reads the same of the average
 
 FLOPS = (
     GATHER_FLOPS + 26
@@ -88,6 +90,7 @@ def _residual_cpu(
         shifts,
         count,
         rows,
+        piece_starts(rows, PIECE),
         np.take(support.shell, order),
         support.box,
         support.r_max,
@@ -120,7 +123,7 @@ def _residual_cuda(
     return out
 
 
-@numba.njit(parallel=True, nogil=True, cache=True, fastmath={"contract"})
+@numba.njit(parallel=True, nogil=True, cache=True)
 def _residual_loop(
     grid: Any,
     spectra: Any,
@@ -130,39 +133,46 @@ def _residual_loop(
     shifts: Any,
     count: Any,
     rows: Any,
+    starts: Any,
     shell: Any,
     box: int,
     r_max: int,
     out: Any,
 ) -> None:
-    c, side = grid.shape[2] - 1, 2 * r_max + 1
-    n = rotations.shape[1]
-    real = type(rotations[0, 0, 0, 0])
-    for task in numba.prange(rotations.shape[0] * n):
-        b, i = task // n, task % n
-        if i >= count[b]:
+    c, side, piece = grid.shape[2] - 1, 2 * r_max + 1, longest(rows, starts)
+    groups = (rotations.shape[1] + TOGETHER - 1) // TOGETHER
+    for task in numba.prange(rotations.shape[0] * groups):
+        b, begin = task // groups, task % groups * TOGETHER
+        end = min(begin + TOGETHER, count[b])
+        if begin >= end:
             continue
-        r, sums = rotations[b, i], out[b, i]
-        phase = np.empty((3, side, 2), grid.dtype)
-        fill_phases(phase, shifts[b, i], -box)
-        x_particle, w_particle = spectra[b], weights[weight_index[b]]
-        for row in range(rows.shape[0]):
-            kx, ky, first, start, stop = rows[row]
-            x, y = real(kx), real(ky)
-            x0, y0, z0 = r[0, 0] * x + r[1, 0] * y, r[0, 1] * x + r[1, 1] * y, r[0, 2] * x + r[1, 2] * y
-            px, py, along = phase[0, kx + r_max], phase[1, ky + r_max], phase[2]
-            qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-            for j in range(start, stop):
-                w = w_particle[U(j)]
-                if w == 0:
-                    continue
-                kz = np.int32(first + (j - start))
-                z, uz = real(kz), U(kz + r_max)
-                re, im = sample_complex(grid, c, x0 + r[2, 0] * z, y0 + r[2, 1] * z, z0 + r[2, 2] * z)
-                zr, zi = along[uz, R], along[uz, I]
-                pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
-                dr = w * (x_particle[U(j), R] - (re * pr - im * pi))
-                di = w * (x_particle[U(j), I] - (re * pi + im * pr))
-                sums[U(shell[U(j)])] += dr * dr + di * di
-        for s in range(r_max + 1):
-            sums[s] *= 2
+        phases = np.empty((end - begin, 3, side, 2), grid.dtype)
+        for i in range(begin, end):
+            fill_phases(phases[i - begin], shifts[b, i], box)
+        xs, ys, zs = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
+        line, column = np.empty(piece, np.int32), np.empty(piece, np.int32)
+        edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
+        re, im, moved = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty((2, piece), grid.dtype)
+        for p in range(len(starts) - 1):
+            some = rows[starts[p] : starts[p + 1]]
+            start, n = some[0, 3], some[-1, 4] - some[0, 3]
+            x, w = spectra[b, start : start + n], weights[weight_index[b], start : start + n]
+            fill_coordinates(some, xs, ys, zs)
+            for i in range(begin, end):
+                # |X - A exp(-2 pi i xi.t / N)| with the particle moved back.
+                fill_moved(x, w, some, phases[i - begin], moved)
+                fill_cells(c, rotations[b, i], xs, ys, zs, n, line, column, edges, sign)
+                fill_samples(grid, c, w, n, line, column, edges, re, im)
+                _add_squares(moved, w, n, sign, re, im, shell[start : start + n], out[b, i])
+        out[b, begin:end] *= 2
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
+def _add_squares(moved: Any, w: Any, n: int, sign: Any, re: Any, im: Any, shell: Any, sums: Any) -> None:
+    """Add |moved - w A|^2 of n samples to the sums of their shells; `re` is lost."""
+    xr, xi = moved[0], moved[1]
+    for j in range(n):
+        dr, di = xr[j] - w[j] * re[j], xi[j] - w[j] * (sign[j] * im[j])
+        re[j] = dr * dr + di * di
+    for j in range(n):
+        sums[U(shell[j])] += re[j]

@@ -588,7 +588,8 @@ def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
     arguments = case.observation, case.references, case.precision, shifts, ZETA
     whole, found = marginal.log_marginal(*arguments)[0], case.integrate()
     for module in (joint, marginal):
-        monkeypatch.setattr(module, "working_bytes", lambda _, cached=False: 1)  # one particle, one shift, one rotation at a time
+        # One particle, one shift, one rotation at a time.
+        monkeypatch.setattr(module, "working_bytes", lambda _, cached=False: 1)
     np.testing.assert_allclose(marginal.log_marginal(*arguments)[0], whole, atol=2e-3)
     again = case.integrate()
     np.testing.assert_allclose(again[0].gain[:, :20], found[0].gain[:, :20], atol=2e-3)

@@ -1,0 +1,82 @@
+"""Rows of voxels in pieces, as the CPU's voxel loops take them: all of one step for a piece, then the next step.
+
+A piece fits the caches, its steps go in vectors, and one that only gathers has many loads on their way at a time: what
+a whole voxel takes is more than a processor looks ahead, and each would wait for its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+__all__ = ["PIECE", "fill_coordinates", "fill_moved", "fill_phases", "longest", "piece_starts"]
+
+PIECE = 512  # voxels
+
+
+@numba.njit(nogil=True, cache=True)
+def piece_starts(rows: Any, most: int) -> Any:
+    """Numbers of the rows (n, 5) that pieces start with, and n: each of one kx and, but for longer rows, `most` voxels.
+
+    rows: from `fourier.support_rows`.
+    """
+    starts = np.empty(len(rows) + 1, np.int64)
+    n = 0
+    for i in range(len(rows)):
+        if i == 0 or rows[i, 0] != rows[starts[n - 1], 0] or rows[i, 4] - rows[starts[n - 1], 3] > most:
+            starts[n] = i
+            n += 1
+    starts[n] = len(rows)
+    return starts[: n + 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def longest(rows: Any, starts: Any) -> int:
+    """Voxels of the largest piece."""
+    most = 0
+    for i in range(len(starts) - 1):
+        most = max(most, rows[starts[i + 1] - 1, 4] - rows[starts[i], 3])
+    return most
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_coordinates(rows: Any, xs: Any, ys: Any, zs: Any) -> None:
+    """xi of the voxels of some rows, in the type of the arrays."""
+    for i in range(len(rows)):
+        kx, ky, first, start, stop = rows[i]
+        for j in range(stop - start):
+            at = start - rows[0, 3] + j
+            xs[at], ys[at], zs[at] = kx, ky, first + j
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_phases(phase: Any, shift: Any, box: float) -> None:
+    """exp(2 pi i k t / N) along each axis, into phase (3, 2 r_max + 1, 2); of shift t (3,), or of -t for box -N.
+
+    xi is on the lattice, so the phase of a voxel is a product of three of these.
+    """
+    r_max = phase.shape[1] // 2
+    for axis in range(3):
+        for k in range(-r_max, r_max + 1):
+            angle = 2 * np.pi * k * shift[axis] / box
+            phase[axis, k + r_max, 0] = np.cos(angle)
+            phase[axis, k + r_max, 1] = np.sin(angle)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def fill_moved(spectrum: Any, w: Any, rows: Any, phase: Any, moved: Any) -> None:
+    """w X exp(2 pi i xi.t / N) of some rows, real and imaginary parts (2, n); phase: of t, from `fill_phases`."""
+    r_max, nothing = phase.shape[1] // 2, type(w[0])(0)
+    for i in range(len(rows)):
+        kx, ky, first, start, stop = rows[i]
+        px, py = phase[0, kx + r_max], phase[1, ky + r_max]
+        qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
+        for k in range(stop - start):
+            j, zr, zi = start - rows[0, 3] + k, phase[2, first + k + r_max, 0], phase[2, first + k + r_max, 1]
+            pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
+            a, b = w[j] * spectrum[j, 0], w[j] * spectrum[j, 1]
+            if w[j] == 0:  # whatever X is where nothing was observed
+                a, b = nothing, nothing
+            moved[0, j], moved[1, j] = a * pr - b * pi, a * pi + b * pr
