@@ -206,11 +206,14 @@ def test_normal_equations_find_the_way_back(run, rng, oracles):
         assert np.linalg.norm(part - whole) < 0.25 * np.linalg.norm(whole)
 
 
-def test_residual_ignores_unobserved_voxels(run, rng, oracles):
-    c = case(oracles, rng, 12, 5, 2, np.complex64, 2, 2)
-    found = run("residual", *c.values())
+@pytest.mark.parametrize("op", ["residual", "normal_equations", "correlations"])
+def test_unobserved_voxels_are_ignored(run, op, rng, oracles):
+    make = correlations_case if op == "correlations" else case
+    c = make(oracles, rng, 12, 5, 2, np.complex64, 2, 2)
+    found = run(op, *c.values())
     c["spectra"][c["weights"][c["weight_index"]] == 0] = np.nan
-    np.testing.assert_array_equal(run("residual", *c.values()), found)
+    for before, after in zip(found, run(op, *c.values()), strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 def test_residual_of_an_exact_model_is_rounding(run, rng, oracles):
