@@ -52,7 +52,8 @@ def _all_orders(q: Array) -> Array:
 def _correlate_cpu(p: Array, q: Array) -> Array:
     """One by one: all that is made of one stays in the caches, and the threads have something to share.
 
-    Each is the same to the last bit whatever it is beside, as `weight_harmonics` promises.
+    Each is the same to the last bit whatever it is beside, as `weight_harmonics` promises: with BLAS in one thread, as
+    inside `cpu_threads`.
     """
     b, r, l_max, _ = p.shape
     n = 2 * l_max

@@ -56,7 +56,7 @@ def small_d_table(bandwidth: int, n_beta: int, *, even: bool = True, device: str
 def folded_d_table(bandwidth: int) -> NDArray[np.float32]:
     """d^l_mm'(beta_j) of the even degrees with |m'| <= m at beta_j = pi (j + 1/2) / 2L below pi / 2.
 
-    The rest of `small_d_table` follows from these by symmetry; they are less than a tenth of it.
+    The rest of `small_d_table` follows from these by symmetry; of 36 degrees they are less than a tenth of it.
 
     Returns
     -------

@@ -18,9 +18,9 @@ PIECE = 512  # voxels
 
 @numba.njit(nogil=True, cache=True)
 def piece_starts(rows: Any, most: int) -> Any:
-    """Numbers of the rows (n, 5) that pieces start with, and n: each of one kx and, but for longer rows, `most` voxels.
+    """Numbers of the rows that pieces start with, and how many rows there are: (pieces + 1,).
 
-    rows: from `fourier.support_rows`.
+    A piece is of one kx and, but for longer rows, has at most `most` voxels. rows (n, 5): from `fourier.support_rows`.
     """
     starts = np.empty(len(rows) + 1, np.int64)
     n = 0
@@ -53,7 +53,7 @@ def fill_coordinates(rows: Any, xs: Any, ys: Any, zs: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def fill_phases(phase: Any, shift: Any, box: float) -> None:
-    """exp(2 pi i k t / N) along each axis, into phase (3, 2 r_max + 1, 2); of shift t (3,), or of -t for box -N.
+    """exp(2 pi i k t / N) along each axis, into phase (3, 2 r_max + 1, 2); of shift t (3,).
 
     xi is on the lattice, so the phase of a voxel is a product of three of these.
     """

@@ -141,8 +141,8 @@ def add_rows(re: Any, im: Any, rows: Any, r_max: int, along: Any, tables: Any, s
 
 
 @numba.njit(nogil=True, cache=True)
-def add_plane(kx: int, along: Any, of_y: Any, of_x: Any) -> None:
-    """Add the plane kx to of_x, flat (blocks, 2H, 2H, 32), axes [block, x, y, sum]; kx >= 0 is where along has it."""
+def add_plane(at: int, along: Any, of_y: Any, of_x: Any) -> None:
+    """Add the plane of kx = at - r_max to of_x, flat (blocks, 2H, 2H, 32), axes [block, x, y, sum]."""
     h = along.shape[2]
     blocks = len(of_y) // (2 * h * SUMS)
     for block in range(blocks):
@@ -150,7 +150,7 @@ def add_plane(kx: int, along: Any, of_y: Any, of_x: Any) -> None:
             for t in range(h):
                 for y in range(2 * h):
                     to = ((block * 2 * h + part * h + t) * 2 * h + y) * SUMS
-                    _add_multiple(of_x, np.int64(to), along[part, kx, t], of_y, np.int64((block * 2 * h + y) * SUMS))
+                    _add_multiple(of_x, np.int64(to), along[part, at, t], of_y, np.int64((block * 2 * h + y) * SUMS))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -109,6 +109,7 @@ def _accumulate_cpu(
     real, k, m = real_view(grids), n_classes, len(support)
     sums, weight_sums = np.zeros((k, 2, m)), np.zeros((k, m))  # real and imaginary parts apart
     order, rows = support_rows(support)
+    turned = np.ascontiguousarray(rotations.astype(real.dtype).transpose(0, 2, 1))  # R xi, the other loops have R^T xi
     _accumulate_loop(
         real,
         weight_grids.reshape(len(weight_grids), -1),
@@ -116,8 +117,8 @@ def _accumulate_cpu(
         weight_index,
         particle,
         class_index,
-        rotations.astype(real.dtype).transpose(0, 2, 1),  # R xi, where the other loops have R^T xi
-        real.dtype.type(padding),
+        turned,
+        turned * real.dtype.type(padding),
         real_view(_phase_tables(rotations, shifts, support, grids.dtype)),
         probability,
         rows,
@@ -205,7 +206,7 @@ def _accumulate_loop(
     particle: Any,
     class_index: Any,
     rotations: Any,
-    padding: Any,
+    padded: Any,
     phase: Any,
     probability: Any,
     rows: Any,
@@ -230,7 +231,7 @@ def _accumulate_loop(
             b, k = particle[e], class_index[e]
             fill_cells(d, rotations[e], xs, ys, zs, n, line, column, edges, sign)
             fill_real(weight_grids[weight_index[b]], d, n, line, column, edges, w)
-            fill_cells(c, rotations[e] * padding, xs, ys, zs, n, line, column, edges, sign)
+            fill_cells(c, padded[e], xs, ys, zs, n, line, column, edges, sign)
             fill_samples(grids[b], c, ones, n, line, column, edges, re, im)
             fill_moved(of_one, ones, some, phase[e], moved)
             part = slice(start, start + n)

@@ -22,7 +22,7 @@ FLOPS = (
     GATHER_FLOPS + 30
 )  # of a voxel: power 4, product with the particle and its weight 8, phase 12, product with it 6
 TOGETHER = 8  # rotations worked on at a time: of those close together a piece reads nearly the same of the reference
-CACHED = 1 << 18  # bytes of their sums, for fewer shifts of more rotations or the other way round
+CACHED = 1 << 18  # bytes of their sums: with many shifts only so many rotations go together as these allow
 
 
 def correlations(
@@ -37,7 +37,7 @@ def correlations(
     support: Support,
     padding: int,
 ) -> tuple[Array, Array]:
-    """c(c + t) = sum v Re[X conj(R A) exp(2 pi i xi.(c + t) / N)] and sum v |R A|^2 for a list of (particle, rotation).
+    """sum v Re[X conj(R A) exp(2 pi i xi.(t0 + t) / N)] and sum v |R A|^2 for a list of particles, rotations R and t0.
 
     Both sums over both voxels of each pair. The first is the correlation of X with the reference rotated and shifted.
 
@@ -53,7 +53,7 @@ def correlations(
     particle : (n,) int64
     rotations : (n, 3, 3) float64
     centres : (n, 3) float64, voxels
-        c.
+        t0.
     waves : (T, 2 r_max + 1) complex, dtype of `grid`
         exp(2 pi i k t / N) for k = -r_max .. r_max at the shifts t along an axis, T of them symmetric about 0.
     support : Support
@@ -99,12 +99,15 @@ def _correlations_cpu(
     real, n, t = real_view(grid), len(particle), len(waves)
     found, power = np.empty((n, t, t, t), real.dtype), np.empty(n)
     order, rows = support_rows(support)
+    # Callers give pieces of a list over a whole batch: only what occurs in a piece is put in order.
+    used, particle = np.unique(particle, return_inverse=True)
+    used_weights, weight_index = np.unique(weight_index[used], return_inverse=True)
     along, tables = wave_tables(waves, real.dtype)
     of_x = len(tables) * (t + 1) ** 2 * SUMS
     _correlations_loop(
         real,
-        real_view(np.take(spectra, order, axis=1)),
-        np.take(weights, order, axis=1),
+        real_view(spectra[used[:, None], order]),
+        weights[used_weights[:, None], order],
         weight_index,
         particle,
         rotations.astype(real.dtype) * real.dtype.type(padding),
@@ -208,7 +211,9 @@ def _correlations_loop(
         same = np.zeros(end - begin, np.bool_)  # particle and centre as of the entry before
         for e in range(begin, end):
             i, power[e] = e - begin, 0
-            same[i] = i > 0 and particle[e] == particle[e - 1] and (centres[e] == centres[e - 1]).all()
+            now, before = centres[e], centres[e - 1]
+            still = now[0] == before[0] and now[1] == before[1] and now[2] == before[2]
+            same[i] = i > 0 and particle[e] == particle[e - 1] and still
             if not same[i]:
                 fill_phases(phases[i], centres[e], box)
         for p in range(len(starts) - 1):

@@ -143,7 +143,7 @@ def _residual_loop(
     groups = (rotations.shape[1] + TOGETHER - 1) // TOGETHER
     for task in numba.prange(rotations.shape[0] * groups):
         b, begin = task // groups, task % groups * TOGETHER
-        end = min(begin + TOGETHER, count[b])
+        end = min(begin + TOGETHER, count[b], rotations.shape[1])
         if begin >= end:
             continue
         phases = np.empty((end - begin, 3, side, 2), grid.dtype)

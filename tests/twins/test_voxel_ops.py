@@ -119,6 +119,8 @@ def test_residual_without_candidates(run, rng, oracles):
     assert (found[1, :, 1:] > 0).all()
     c["rotations"][[0, 2]] = np.nan  # never read
     np.testing.assert_array_equal(run("residual", *c.values()), found)
+    c["count"][1] = 9  # more than there are
+    np.testing.assert_array_equal(run("residual", *c.values()), found)
     for name in ("spectra", "weight_index", "rotations", "shifts", "count"):
         c[name] = c[name][:0]
     assert run("residual", *c.values()).shape == (0, 4, 6)
