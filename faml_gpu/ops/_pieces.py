@@ -10,8 +10,9 @@ from typing import Any
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["PIECE", "fill_coordinates", "fill_moved", "fill_phases", "longest", "piece_starts"]
+__all__ = ["PIECE", "fill_coordinates", "fill_moved", "fill_phases", "in_planes", "longest", "piece_starts"]
 
 PIECE = 512  # voxels
 
@@ -53,30 +54,50 @@ def fill_coordinates(rows: Any, xs: Any, ys: Any, zs: Any) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def fill_phases(phase: Any, shift: Any, box: float) -> None:
-    """exp(2 pi i k t / N) along each axis, into phase (3, 2 r_max + 1, 2); of shift t (3,).
+    """exp(2 pi i k t / N) along each axis, real and imaginary parts, into phase (3, 2, 2 r_max + 1); of shift t (3,).
 
     xi is on the lattice, so the phase of a voxel is a product of three of these.
     """
-    r_max = phase.shape[1] // 2
+    r_max = phase.shape[2] // 2
     for axis in range(3):
         for k in range(-r_max, r_max + 1):
             angle = 2 * np.pi * k * shift[axis] / box
-            phase[axis, k + r_max, 0] = np.cos(angle)
-            phase[axis, k + r_max, 1] = np.sin(angle)
+            phase[axis, 0, k + r_max] = np.cos(angle)
+            phase[axis, 1, k + r_max] = np.sin(angle)
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_moved(spectrum: Any, w: Any, rows: Any, phase: Any, moved: Any) -> None:
+    """w X exp(2 pi i xi.t / N) of some rows, real and imaginary parts (2, n) as X has them; phase: of t, as above."""
+    r_max = phase.shape[2] // 2
+    for i in range(len(rows)):
+        kx, ky, first, start, stop = rows[i]
+        x, y, z, at, n = kx + r_max, ky + r_max, first + r_max, start - rows[0, 3], stop - start
+        qr = phase[0, 0, x] * phase[1, 0, y] - phase[0, 1, x] * phase[1, 1, y]
+        qi = phase[0, 0, x] * phase[1, 1, y] + phase[0, 1, x] * phase[1, 0, y]
+        _fill_row(
+            spectrum[0, at : at + n],
+            spectrum[1, at : at + n],
+            w[at : at + n],
+            qr,
+            qi,
+            phase[2, 0, z : z + n],
+            phase[2, 1, z : z + n],
+            moved[0, at : at + n],
+            moved[1, at : at + n],
+        )
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def fill_moved(spectrum: Any, w: Any, rows: Any, phase: Any, moved: Any) -> None:
-    """w X exp(2 pi i xi.t / N) of some rows, real and imaginary parts (2, n); phase: of t, from `fill_phases`."""
-    r_max, nothing = phase.shape[1] // 2, type(w[0])(0)
-    for i in range(len(rows)):
-        kx, ky, first, start, stop = rows[i]
-        px, py = phase[0, kx + r_max], phase[1, ky + r_max]
-        qr, qi = px[0] * py[0] - px[1] * py[1], px[0] * py[1] + px[1] * py[0]
-        for k in range(stop - start):
-            j, zr, zi = start - rows[0, 3] + k, phase[2, first + k + r_max, 0], phase[2, first + k + r_max, 1]
-            pr, pi = qr * zr - qi * zi, qr * zi + qi * zr
-            a, b = w[j] * spectrum[j, 0], w[j] * spectrum[j, 1]
-            if w[j] == 0:  # whatever X is where nothing was observed
-                a, b = nothing, nothing
-            moved[0, j], moved[1, j] = a * pr - b * pi, a * pi + b * pr
+def _fill_row(xr: Any, xi: Any, w: Any, qr: Any, qi: Any, zr: Any, zi: Any, re: Any, im: Any) -> None:
+    nothing = type(w[0])(0)
+    for k in range(len(w)):
+        pr, pi = qr * zr[k] - qi * zi[k], qr * zi[k] + qi * zr[k]
+        unseen = w[k] == 0  # whatever X is where nothing was observed
+        a, b = nothing if unseen else w[k] * xr[k], nothing if unseen else w[k] * xi[k]
+        re[k], im[k] = a * pr - b * pi, a * pi + b * pr
+
+
+def in_planes(array: NDArray[Any]) -> NDArray[Any]:
+    """Complex (..., n) as real (..., 2, n): real parts, then imaginary ones."""
+    return np.stack([array.real, array.imag], axis=-2)

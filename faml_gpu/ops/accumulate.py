@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, longest, piece_starts
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, in_planes, longest, piece_starts
 from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_real, fill_samples
 from faml_gpu.profile import tally
 
@@ -119,7 +119,7 @@ def _accumulate_cpu(
         class_index,
         turned,
         turned * real.dtype.type(padding),
-        real_view(_phase_tables(rotations, shifts, support, grids.dtype)),
+        in_planes(_phase_tables(rotations, shifts, support, grids.dtype)),
         probability,
         rows,
         piece_starts(rows, PIECE),
@@ -224,8 +224,8 @@ def _accumulate_loop(
         edges, sign = np.empty((5, piece), grids.dtype), np.empty(piece, grids.dtype)
         re, im, w = np.empty(piece, grids.dtype), np.empty(piece, grids.dtype), np.empty(piece, grids.dtype)
         ones, moved = np.ones(piece, grids.dtype), np.empty((2, piece), grids.dtype)
-        of_one = np.zeros((piece, 2), grids.dtype)
-        of_one[:, 0] = 1
+        of_one = np.zeros((2, piece), grids.dtype)
+        of_one[0] = 1
         fill_coordinates(some, xs, ys, zs)
         for e in range(len(particle)):
             b, k = particle[e], class_index[e]

@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin, working_bytes
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
-from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, longest, piece_starts
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, in_planes, longest, piece_starts
 from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_samples
 from faml_gpu.ops._window import SUMS, add_plane, add_rows, correlations_of, wave_tables
 from faml_gpu.profile import tally
@@ -106,7 +106,7 @@ def _correlations_cpu(
     of_x = len(tables) * (t + 1) ** 2 * SUMS
     _correlations_loop(
         real,
-        real_view(spectra[used[:, None], order]),
+        in_planes(spectra[used[:, None], order]),
         weights[used_weights[:, None], order],
         weight_index,
         particle,
@@ -205,7 +205,7 @@ def _correlations_loop(
         edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
         re, im = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
         moved = np.empty((2, piece), grid.dtype)
-        phases = np.empty((end - begin, 3, 2 * r_max + 1, 2), grid.dtype)
+        phases = np.empty((end - begin, 3, 2, 2 * r_max + 1), grid.dtype)
         sums, of_y = np.empty(SUMS, grid.dtype), np.zeros((end - begin, n_y), grid.dtype)
         of_x = np.zeros((end - begin, n_y * 2 * along.shape[2]), grid.dtype)
         same = np.zeros(end - begin, np.bool_)  # particle and centre as of the entry before
@@ -224,7 +224,7 @@ def _correlations_loop(
                 i = e - begin
                 w = weights[weight_index[particle[e]], start : start + n]
                 if not same[i]:
-                    fill_moved(spectra[particle[e], start : start + n], w, some, phases[i], moved)
+                    fill_moved(spectra[particle[e], :, start : start + n], w, some, phases[i], moved)
                 fill_cells(c, rotations[e], xs, ys, zs, n, line, column, edges, sign)
                 fill_samples(grid, c, w, n, line, column, edges, re, im)
                 power[e] += 2 * _multiply(moved, w, n, sign, re, im)

@@ -11,7 +11,7 @@ from faml_gpu import kernels
 from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import posed_particles, real_view
-from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, longest, piece_starts
+from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, in_planes, longest, piece_starts
 from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_gradients
 from faml_gpu.profile import tally
 
@@ -86,7 +86,7 @@ def _normal_equations_cpu(
     order, rows = support_rows(support)
     _normal_equations_loop(
         real,
-        real_view(np.take(spectra, order, axis=1)),
+        in_planes(np.take(spectra, order, axis=1)),
         np.take(weights, order, axis=1),
         weight_index,
         rotations.astype(real.dtype) * real.dtype.type(padding),
@@ -144,7 +144,7 @@ def _normal_equations_loop(
         b, i = task // n_poses, task % n_poses
         if i >= count[b]:
             continue
-        phase = np.empty((3, 2 * r_max + 1, 2), grid.dtype)
+        phase = np.empty((3, 2, 2 * r_max + 1), grid.dtype)
         fill_phases(phase, shifts[b, i], box)
         coords, line, column = np.empty((3, piece), grid.dtype), np.empty(piece, np.int32), np.empty(piece, np.int32)
         edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
@@ -156,7 +156,7 @@ def _normal_equations_loop(
             w = weights[weight_index[b], start : start + n]
             fill_coordinates(some, coords[0], coords[1], coords[2])
             # Only relative phases count: instead of the model and its derivatives the particle is moved, back.
-            fill_moved(spectra[b, start : start + n], w, some, phase, moved)
+            fill_moved(spectra[b, :, start : start + n], w, some, phase, moved)
             fill_cells(c, rotations[b, i], coords[0], coords[1], coords[2], n, line, column, edges, sign)
             fill_gradients(grid, c, w, n, line, column, edges, sign, samples)
             _fill_seven(rotations[b, i], coords, w, n, 2 * np.pi / box, samples, moved, g)
