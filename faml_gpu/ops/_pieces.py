@@ -43,8 +43,9 @@ def longest(rows: Any, starts: Any) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def fill_coordinates(rows: Any, xs: Any, ys: Any, zs: Any) -> None:
-    """xi of the voxels of some rows, in the type of the arrays."""
+def fill_coordinates(rows: Any, coords: Any) -> None:
+    """xi of the voxels of some rows, (3, n), in the type of the array."""
+    xs, ys, zs = coords[0], coords[1], coords[2]
     for i in range(len(rows)):
         kx, ky, first, start, stop = rows[i]
         for j in range(stop - start):

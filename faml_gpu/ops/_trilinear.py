@@ -16,6 +16,7 @@ __all__ = [
     "GATHER_FLOPS",
     "U",
     "all_of",
+    "empty_cells",
     "fill_cells",
     "fill_gradients",
     "fill_real",
@@ -30,7 +31,6 @@ GATHER_FLOPS = 50  # 15 to rotate, 8 for the cell and its weights, 28 for the tw
 # coordinates' own type and unsigned indices make these loops twice as fast. (Numba keeps what it compiled by the date
 # of the caller's file alone: after a change here, delete *.nbi and *.nbc in __pycache__.)
 U = np.uint32
-R, I = U(0), U(1)  # where the real and the imaginary part are
 # By Numba's own types its result would be called with the typing context, which Numba adds.
 intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
 CONTRACT = ("contract",)  # products and sums may become one instruction, as they may in the loops around
@@ -38,9 +38,9 @@ CONTRACT = ("contract",)  # products and sums may become one instruction, as the
 
 @numba.njit(inline="always", cache=True)
 def _cell(c: int, x: Any, y: Any, z: Any) -> Any:
-    """Where (x, y, z) lies, turned to x >= 0 by `sign`: corners of the cell, weights of its edges along x, place.
+    """Where (x, y, z) lies, turned to x >= 0 by `sign`: first corner of the cell, weights of its edges along x, place.
 
-    The edges lie at (y0, z0), (y1, z0), (y0, z1) and (y1, z1).
+    The edges lie at (y0, z0), (y0 + 1, z0), (y0, z0 + 1) and (y0 + 1, z0 + 1).
     """
     real = type(x)
     one = real(1)
@@ -48,9 +48,8 @@ def _cell(c: int, x: Any, y: Any, z: Any) -> Any:
     x, y, z = sign * x, sign * y + real(c), sign * z + real(c)
     ix, iy, iz = np.int32(x), np.int32(y), np.int32(z)
     fx, fy, fz = x - real(ix), y - real(iy), z - real(iz)
-    x0, y0, z0, x1, y1, z1 = U(ix), U(iy), U(iz), U(ix + 1), U(iy + 1), U(iz + 1)
     a, b, d, e = (one - fz) * (one - fy), (one - fz) * fy, fz * (one - fy), fz * fy
-    return sign, x0, x1, y0, y1, z0, z1, a, b, d, e, fx
+    return sign, ix, iy, iz, a, b, d, e, fx
 
 
 def _taken(builder: Any, vector: Any, places: list[int]) -> Any:
@@ -123,76 +122,77 @@ def _two_columns(
 
 
 @numba.njit(inline="always", cache=True)
-def _edges(c: int, x0: Any, y0: Any, z0: Any) -> Any:
-    """Places in the flat complex grid of the four edges of a cell."""
-    line = np.int64(2 * (c + 1))
-    plane = line * np.int64(2 * c + 1)
-    at = np.int64(z0) * plane + np.int64(y0) * line + np.int64(2 * x0)
-    return at, at + line, at + plane, at + plane + line
+def _edges(c: int, line: Any, column: Any) -> Any:
+    """Places in the flat complex grid of the four edges of a cell, from its `column` x0 and its `line`, (y0, z0)."""
+    width = np.int64(2 * (c + 1))
+    plane = width * np.int64(2 * c + 1)
+    at = np.int64(line) * width + np.int64(2 * column)
+    return at, at + width, at + plane, at + plane + width
 
 
 @numba.njit(inline="always", cache=True)
 def sample_complex(grid: Any, c: int, x: Any, y: Any, z: Any) -> Any:
     """(re, im) at (x, y, z) of a centred half grid (2c + 1, 2c + 1, c + 1, 2); x < 0 by Hermitian symmetry."""
-    sign, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(c, x, y, z)
-    at00, at10, at01, at11 = _edges(c, x0, y0, z0)
+    sign, x0, y0, z0, a, b, d, e, fx = _cell(c, x, y, z)
+    at00, at10, at01, at11 = _edges(c, np.int64(z0) * np.int64(2 * c + 1) + np.int64(y0), x0)
     re, im = _between_columns(grid, at00, at10, at01, at11, a, b, d, e, fx)
     return re, sign * im
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
-def fill_cells(
-    c: int, r: Any, xs: Any, ys: Any, zs: Any, n: int, line: Any, column: Any, edges: Any, sign: Any
-) -> None:
-    """Where n points are that `r` turns, all at once: one step of `sample_complex` that is done in vectors.
-
-    xs, ys, zs: before the turn, in the type of the grid. line: number of the grid's line at y0 and z0; column: x0;
-    edges (5, n): weights of the four edges, place between the columns; sign: -1 where x was turned.
+@numba.njit(nogil=True, cache=True)
+def empty_cells(n: int, grid: Any) -> Any:
+    """Room for the cells of n points: numbers of the grid's lines at y0 and z0, columns x0, and (6, n) for each cell
+    the weights of its four edges, the place between the columns, and -1 where x was turned.
     """
+    return np.empty(n, np.int32), np.empty(n, np.int32), np.empty((6, n), grid.dtype)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
+def fill_cells(c: int, r: Any, coords: Any, n: int, cells: Any) -> None:
+    """Where n points (3, n) are that `r` turns, all at once: one step of `sample_complex` that is done in vectors."""
+    line, column, edges = cells
+    xs, ys, zs = coords[0], coords[1], coords[2]
     lines = np.int32(2 * c + 1)
     for j in range(n):
         x, y, z = xs[j], ys[j], zs[j]
-        turned, x0, _, y0, _, z0, _, a, b, d, e, fx = _cell(
+        sign, x0, y0, z0, a, b, d, e, fx = _cell(
             c,
             r[0, 0] * x + r[1, 0] * y + r[2, 0] * z,
             r[0, 1] * x + r[1, 1] * y + r[2, 1] * z,
             r[0, 2] * x + r[1, 2] * y + r[2, 2] * z,
         )
-        line[j], column[j], sign[j] = np.int32(z0) * lines + np.int32(y0), np.int32(x0), turned
-        edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j] = a, b, d, e, fx
+        line[j], column[j] = np.int32(z0) * lines + np.int32(y0), np.int32(x0)
+        edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j], edges[5, j] = a, b, d, e, fx, sign
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def fill_samples(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, edges: Any, re: Any, im: Any) -> None:
-    """The samples of `fill_cells`, the sign of the imaginary part apart; 0 where the weight w is 0."""
-    width = np.int64(2 * (c + 1))
-    plane = width * np.int64(2 * c + 1)
-    a, b, d, e, fx = edges[0], edges[1], edges[2], edges[3], edges[4]
+def fill_samples(grid: Any, c: int, w: Any, n: int, cells: Any, out: Any) -> None:
+    """The samples of `fill_cells`, (re, im), out (2, n); 0 where the weight w is 0."""
+    line, column, edges = cells
+    a, b, d, e, fx, sign = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5]
+    re, im = out[0], out[1]
     for i in range(n):
         j = U(i)
         if w[j] == 0:
             re[j], im[j] = 0, 0
             continue
-        at = np.int64(line[j]) * width + np.int64(2 * column[j])
-        re[j], im[j] = _between_columns(
-            grid, at, at + width, at + plane, at + plane + width, a[j], b[j], d[j], e[j], fx[j]
-        )
+        at00, at10, at01, at11 = _edges(c, line[j], column[j])
+        re[j], turned = _between_columns(grid, at00, at10, at01, at11, a[j], b[j], d[j], e[j], fx[j])
+        im[j] = sign[j] * turned
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def fill_gradients(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, edges: Any, sign: Any, out: Any) -> None:
+def fill_gradients(grid: Any, c: int, w: Any, n: int, cells: Any, out: Any) -> None:
     """Samples as `fill_samples`, and their derivatives along x, y and z: (re, im) of each of the four, out (8, n)."""
-    width = np.int64(2 * (c + 1))
-    plane = width * np.int64(2 * c + 1)
+    line, column, edges = cells
     for i in range(n):
         j = U(i)
         if w[j] == 0:
             for k in range(8):
                 out[k, j] = 0
             continue
-        at00 = np.int64(line[j]) * width + np.int64(2 * column[j])
-        at10, at01, at11 = at00 + width, at00 + plane, at00 + plane + width
-        a, b, d, e, fx, turned = edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j], sign[j]
+        at00, at10, at01, at11 = _edges(c, line[j], column[j])
+        a, b, d, e, fx, sign = edges[0, j], edges[1, j], edges[2, j], edges[3, j], edges[4, j], edges[5, j]
         low_re, low_im, high_re, high_im = _two_columns(grid, at00, at10, at01, at11, a, b, d, e)
         x_re, x_im = high_re - low_re, high_im - low_im
         # What multiplies a difference along y, and one along z.
@@ -200,28 +200,24 @@ def fill_gradients(grid: Any, c: int, w: Any, n: int, line: Any, column: Any, ed
         y0_re, y0_im, y1_re, y1_im = _two_columns(grid, at00, at10, at01, at11, -below, below, -above, above)
         z0_re, z0_im, z1_re, z1_im = _two_columns(grid, at00, at10, at01, at11, -back, -front, back, front)
         # f(-u) = conj f(u): of the derivatives the real part changes its sign.
-        out[0, j], out[1, j] = low_re + fx * x_re, turned * (low_im + fx * x_im)
-        out[2, j], out[3, j] = turned * x_re, x_im
-        out[4, j], out[5, j] = turned * (y0_re + fx * (y1_re - y0_re)), y0_im + fx * (y1_im - y0_im)
-        out[6, j], out[7, j] = turned * (z0_re + fx * (z1_re - z0_re)), z0_im + fx * (z1_im - z0_im)
+        out[0, j], out[1, j] = low_re + fx * x_re, sign * (low_im + fx * x_im)
+        out[2, j], out[3, j] = sign * x_re, x_im
+        out[4, j], out[5, j] = sign * (y0_re + fx * (y1_re - y0_re)), y0_im + fx * (y1_im - y0_im)
+        out[6, j], out[7, j] = sign * (z0_re + fx * (z1_re - z0_re)), z0_im + fx * (z1_im - z0_im)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
-def fill_real(grid: Any, c: int, n: int, line: Any, column: Any, edges: Any, out: Any) -> None:
+def fill_real(grid: Any, c: int, n: int, cells: Any, out: Any) -> None:
     """Samples of a centred half grid (2c + 1, 2c + 1, c + 1) of a point-symmetric real function, flat."""
+    line, column, edges = cells
     width = np.int64(c + 1)
     plane = width * np.int64(2 * c + 1)
+    a, b, d, e, fx = edges[0], edges[1], edges[2], edges[3], edges[4]
     for i in range(n):
         j = U(i)
-        at = np.int64(line[j]) * width + np.int64(column[j])
-        a, b, d, e = edges[0, j], edges[1, j], edges[2, j], edges[3, j]
-        at00, at10, at01, at11 = (
-            np.uint64(at),
-            np.uint64(at + width),
-            np.uint64(at + plane),
-            np.uint64(at + plane + width),
-        )
+        at00 = np.uint64(np.int64(line[j]) * width + np.int64(column[j]))
+        at10, at01, at11 = at00 + np.uint64(width), at00 + np.uint64(plane), at00 + np.uint64(plane + width)
         one = np.uint64(1)
-        v0 = a * grid[at00] + b * grid[at10] + d * grid[at01] + e * grid[at11]
-        v1 = a * grid[at00 + one] + b * grid[at10 + one] + d * grid[at01 + one] + e * grid[at11 + one]
-        out[j] = v0 + edges[4, j] * (v1 - v0)
+        v0 = a[j] * grid[at00] + b[j] * grid[at10] + d[j] * grid[at01] + e[j] * grid[at11]
+        v1 = a[j] * grid[at00 + one] + b[j] * grid[at10 + one] + d[j] * grid[at01 + one] + e[j] * grid[at11 + one]
+        out[j] = v0 + fx[j] * (v1 - v0)

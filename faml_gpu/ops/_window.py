@@ -114,12 +114,12 @@ def _add_multiple(typing: Any, out: Any, to: Any, factor: Any, source: Any, at: 
 
 
 @numba.njit(nogil=True, cache=True)
-def add_rows(re: Any, im: Any, rows: Any, r_max: int, along: Any, tables: Any, sums: Any, of_y: Any) -> None:
+def add_rows(cross: Any, rows: Any, r_max: int, along: Any, tables: Any, sums: Any, of_y: Any) -> None:
     """Add rows of one kx to of_y, flat (blocks, 2H, 32) with axes [block, cos or sin of ky t_y]; sums (32,) is scratch.
 
-    rows (n, 5): as `fourier.support_rows`, re and im from the first voxel of the first.
+    rows (n, 5): as `fourier.support_rows`; cross: their voxels, real and imaginary parts (2, m).
     """
-    h = along.shape[2]
+    h, re, im = along.shape[2], cross[0], cross[1]
     for i in range(len(rows)):
         _, ky, first, start, stop = rows[i]
         for block in range(len(tables)):

@@ -12,7 +12,7 @@ from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, in_planes, longest, piece_starts
-from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_real, fill_samples
+from faml_gpu.ops._trilinear import GATHER_FLOPS, empty_cells, fill_cells, fill_real, fill_samples
 from faml_gpu.profile import tally
 
 __all__ = ["accumulate"]
@@ -219,45 +219,29 @@ def _accumulate_loop(
     for p in numba.prange(len(starts) - 1):
         some = rows[starts[p] : starts[p + 1]]
         start, n = some[0, 3], some[-1, 4] - some[0, 3]
-        xs, ys, zs = np.empty(piece, grids.dtype), np.empty(piece, grids.dtype), np.empty(piece, grids.dtype)
-        line, column = np.empty(piece, np.int32), np.empty(piece, np.int32)
-        edges, sign = np.empty((5, piece), grids.dtype), np.empty(piece, grids.dtype)
-        re, im, w = np.empty(piece, grids.dtype), np.empty(piece, grids.dtype), np.empty(piece, grids.dtype)
-        ones, moved = np.ones(piece, grids.dtype), np.empty((2, piece), grids.dtype)
-        of_one = np.zeros((2, piece), grids.dtype)
-        of_one[0] = 1
-        fill_coordinates(some, xs, ys, zs)
+        coords, cells, samples = (
+            np.empty((3, piece), grids.dtype),
+            empty_cells(piece, grids),
+            np.empty((2, piece), grids.dtype),
+        )
+        w, ones, moved = np.empty(piece, grids.dtype), np.ones(piece, grids.dtype), np.empty((2, piece), grids.dtype)
+        fill_coordinates(some, coords)
         for e in range(len(particle)):
             b, k = particle[e], class_index[e]
-            fill_cells(d, rotations[e], xs, ys, zs, n, line, column, edges, sign)
-            fill_real(weight_grids[weight_index[b]], d, n, line, column, edges, w)
-            fill_cells(c, padded[e], xs, ys, zs, n, line, column, edges, sign)
-            fill_samples(grids[b], c, ones, n, line, column, edges, re, im)
-            fill_moved(of_one, ones, some, phase[e], moved)
+            fill_cells(d, rotations[e], coords, n, cells)
+            fill_real(weight_grids[weight_index[b]], d, n, cells, w)
+            fill_cells(c, padded[e], coords, n, cells)
+            fill_samples(grids[b], c, ones, n, cells, samples)
+            fill_moved(samples, w if weigh_twice else ones, some, phase[e], moved)
             part = slice(start, start + n)
-            _add(probability[e], n, re, im, sign, w, moved, weigh_twice, sums[k, :, part], weight_sums[k, part])
+            _add(probability[e], n, moved, w, sums[k, :, part], weight_sums[k, part])
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
-def _add(
-    p: float,
-    n: int,
-    re: Any,
-    im: Any,
-    sign: Any,
-    w: Any,
-    phase: Any,
-    weigh_twice: bool,
-    sums: Any,
-    weight_sums: Any,
-) -> None:
-    """Add p times the samples, each times its phase, and p times the weights."""
-    fr, fi, sum_re, sum_im = phase[0], phase[1], sums[0], sums[1]
-    if weigh_twice:
-        for j in range(n):
-            re[j], im[j] = w[j] * re[j], w[j] * im[j]
+def _add(p: float, n: int, moved: Any, w: Any, sums: Any, weight_sums: Any) -> None:
+    """Add p times the samples, moved, and p times the weights."""
+    re, im, sum_re, sum_im = moved[0], moved[1], sums[0], sums[1]
     for j in range(n):
-        turned = sign[j] * im[j]
-        sum_re[j] += p * (re[j] * fr[j] - turned * fi[j])
-        sum_im[j] += p * (re[j] * fi[j] + turned * fr[j])
+        sum_re[j] += p * re[j]
+        sum_im[j] += p * im[j]
         weight_sums[j] += p * w[j]

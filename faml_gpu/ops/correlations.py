@@ -12,15 +12,14 @@ from faml_gpu.array_backend import Array, namespace, twin, working_bytes
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import half_grid, real_view, require
 from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, in_planes, longest, piece_starts
-from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_samples
+from faml_gpu.ops._trilinear import GATHER_FLOPS, empty_cells, fill_cells, fill_samples
 from faml_gpu.ops._window import SUMS, add_plane, add_rows, correlations_of, wave_tables
 from faml_gpu.profile import tally
 
 __all__ = ["correlations"]
 
-FLOPS = (
-    GATHER_FLOPS + 30
-)  # of a voxel: power 4, product with the particle and its weight 8, phase 12, product with it 6
+# Of a voxel: power 4, product with the particle and its weight 8, phase 12, product with it 6.
+FLOPS = GATHER_FLOPS + 30
 TOGETHER = 8  # rotations worked on at a time: of those close together a piece reads nearly the same of the reference
 CACHED = 1 << 18  # bytes of their sums: with many shifts only so many rotations go together as these allow
 
@@ -200,11 +199,8 @@ def _correlations_loop(
     piece = longest(rows, starts)
     for group in numba.prange((entries + together - 1) // together):
         begin, end = group * together, min((group + 1) * together, entries)
-        xs, ys, zs = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
-        line, column = np.empty(piece, np.int32), np.empty(piece, np.int32)
-        edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
-        re, im = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
-        moved = np.empty((2, piece), grid.dtype)
+        coords, cells = np.empty((3, piece), grid.dtype), empty_cells(piece, grid)
+        samples, moved = np.empty((2, piece), grid.dtype), np.empty((2, piece), grid.dtype)
         phases = np.empty((end - begin, 3, 2, 2 * r_max + 1), grid.dtype)
         sums, of_y = np.empty(SUMS, grid.dtype), np.zeros((end - begin, n_y), grid.dtype)
         of_x = np.zeros((end - begin, n_y * 2 * along.shape[2]), grid.dtype)
@@ -219,16 +215,16 @@ def _correlations_loop(
         for p in range(len(starts) - 1):
             some = rows[starts[p] : starts[p + 1]]
             start, n = some[0, 3], some[-1, 4] - some[0, 3]
-            fill_coordinates(some, xs, ys, zs)
+            fill_coordinates(some, coords)
             for e in range(begin, end):
                 i = e - begin
                 w = weights[weight_index[particle[e]], start : start + n]
                 if not same[i]:
                     fill_moved(spectra[particle[e], :, start : start + n], w, some, phases[i], moved)
-                fill_cells(c, rotations[e], xs, ys, zs, n, line, column, edges, sign)
-                fill_samples(grid, c, w, n, line, column, edges, re, im)
-                power[e] += 2 * _multiply(moved, w, n, sign, re, im)
-                add_rows(re, im, some, r_max, along, tables, sums, of_y[i])
+                fill_cells(c, rotations[e], coords, n, cells)
+                fill_samples(grid, c, w, n, cells, samples)
+                power[e] += 2 * _multiply(moved, w, n, samples)
+                add_rows(samples, some, r_max, along, tables, sums, of_y[i])
             if starts[p + 1] == len(rows) or rows[starts[p + 1], 0] != some[0, 0]:
                 for i in range(end - begin):
                     add_plane(some[0, 0] + r_max, along, of_y[i], of_x[i])
@@ -238,12 +234,12 @@ def _correlations_loop(
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def _multiply(moved: Any, w: Any, n: int, sign: Any, re: Any, im: Any) -> Any:
+def _multiply(moved: Any, w: Any, n: int, samples: Any) -> Any:
     """sum v |R A|^2 over n samples, and in place of these their conjugates times `moved`."""
-    total = type(re[0])(0)
-    xr, xi = moved[0], moved[1]
+    re, im, xr, xi = samples[0], samples[1], moved[0], moved[1]
+    total = type(w[0])(0)
     for j in range(n):
-        p, q = re[j], sign[j] * im[j]
+        p, q = re[j], im[j]
         total += w[j] * (p * p + q * q)
         re[j], im[j] = xr[j] * p + xi[j] * q, xi[j] * p - xr[j] * q
     return total

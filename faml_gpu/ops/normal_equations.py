@@ -12,7 +12,7 @@ from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import posed_particles, real_view
 from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, in_planes, longest, piece_starts
-from faml_gpu.ops._trilinear import GATHER_FLOPS, fill_cells, fill_gradients
+from faml_gpu.ops._trilinear import GATHER_FLOPS, empty_cells, fill_cells, fill_gradients
 from faml_gpu.profile import tally
 
 __all__ = ["normal_equations"]
@@ -146,19 +146,18 @@ def _normal_equations_loop(
             continue
         phase = np.empty((3, 2, 2 * r_max + 1), grid.dtype)
         fill_phases(phase, shifts[b, i], box)
-        coords, line, column = np.empty((3, piece), grid.dtype), np.empty(piece, np.int32), np.empty(piece, np.int32)
-        edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
+        coords, cells = np.empty((3, piece), grid.dtype), empty_cells(piece, grid)
         samples, moved = np.empty((8, piece), grid.dtype), np.empty((2, piece), grid.dtype)
         g = np.empty((7, 2, piece), grid.dtype)
         for p in range(len(starts) - 1):
             some = rows[starts[p] : starts[p + 1]]
             start, n = some[0, 3], some[-1, 4] - some[0, 3]
             w = weights[weight_index[b], start : start + n]
-            fill_coordinates(some, coords[0], coords[1], coords[2])
+            fill_coordinates(some, coords)
             # Only relative phases count: instead of the model and its derivatives the particle is moved, back.
             fill_moved(spectra[b, :, start : start + n], w, some, phase, moved)
-            fill_cells(c, rotations[b, i], coords[0], coords[1], coords[2], n, line, column, edges, sign)
-            fill_gradients(grid, c, w, n, line, column, edges, sign, samples)
+            fill_cells(c, rotations[b, i], coords, n, cells)
+            fill_gradients(grid, c, w, n, cells, samples)
             _fill_seven(rotations[b, i], coords, w, n, 2 * np.pi / box, samples, moved, g)
             _add_products(g, n, out[b, i])
         for p in range(7):

@@ -12,7 +12,7 @@ from faml_gpu.array_backend import Array, namespace, twin
 from faml_gpu.fourier import Support, support_rows
 from faml_gpu.ops._check import posed_particles, real_view
 from faml_gpu.ops._pieces import PIECE, fill_coordinates, fill_moved, fill_phases, in_planes, longest, piece_starts
-from faml_gpu.ops._trilinear import GATHER_FLOPS, U, fill_cells, fill_samples
+from faml_gpu.ops._trilinear import GATHER_FLOPS, U, empty_cells, fill_cells, fill_samples
 from faml_gpu.profile import tally
 
 __all__ = ["residual"]
@@ -149,32 +149,30 @@ def _residual_loop(
         phases = np.empty((end - begin, 3, 2, side), grid.dtype)
         for i in range(begin, end):
             fill_phases(phases[i - begin], shifts[b, i], box)
-        xs, ys, zs = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty(piece, grid.dtype)
-        line, column = np.empty(piece, np.int32), np.empty(piece, np.int32)
-        edges, sign = np.empty((5, piece), grid.dtype), np.empty(piece, grid.dtype)
+        coords, cells = np.empty((3, piece), grid.dtype), empty_cells(piece, grid)
         sums = np.zeros((end - begin, 4, r_max + 1))  # so that one addition need not wait for that before it
-        re, im, moved = np.empty(piece, grid.dtype), np.empty(piece, grid.dtype), np.empty((2, piece), grid.dtype)
+        samples, moved = np.empty((2, piece), grid.dtype), np.empty((2, piece), grid.dtype)
         for p in range(len(starts) - 1):
             some = rows[starts[p] : starts[p + 1]]
             start, n = some[0, 3], some[-1, 4] - some[0, 3]
             x, w = spectra[b, :, start : start + n], weights[weight_index[b], start : start + n]
-            fill_coordinates(some, xs, ys, zs)
+            fill_coordinates(some, coords)
             for i in range(begin, end):
                 # |X - A exp(-2 pi i xi.t / N)| with the particle moved back.
                 fill_moved(x, w, some, phases[i - begin], moved)
-                fill_cells(c, rotations[b, i], xs, ys, zs, n, line, column, edges, sign)
-                fill_samples(grid, c, w, n, line, column, edges, re, im)
-                _add_squares(moved, w, n, sign, re, im, shell[start : start + n], sums[i - begin])
+                fill_cells(c, rotations[b, i], coords, n, cells)
+                fill_samples(grid, c, w, n, cells, samples)
+                _add_squares(moved, w, n, samples, shell[start : start + n], sums[i - begin])
         for i in range(begin, end):
             out[b, i] = 2 * sums[i - begin].sum(axis=0)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
-def _add_squares(moved: Any, w: Any, n: int, sign: Any, re: Any, im: Any, shell: Any, sums: Any) -> None:
-    """Add |moved - w A|^2 of n samples to the sums (4, S) of their shells, by turns; `re` is lost."""
-    xr, xi = moved[0], moved[1]
+def _add_squares(moved: Any, w: Any, n: int, samples: Any, shell: Any, sums: Any) -> None:
+    """Add |moved - w A|^2 of n samples to the sums (4, S) of their shells, by turns; the samples are lost."""
+    re, im, xr, xi = samples[0], samples[1], moved[0], moved[1]
     for j in range(n):
-        dr, di = xr[j] - w[j] * re[j], xi[j] - w[j] * (sign[j] * im[j])
+        dr, di = xr[j] - w[j] * re[j], xi[j] - w[j] * im[j]
         re[j] = dr * dr + di * di
     for i in range(n):
         voxel = U(i)
