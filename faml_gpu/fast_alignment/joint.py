@@ -24,7 +24,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from faml_gpu import ops
-from faml_gpu.array_backend import Array, device_of, namespace, step, to_device, to_host, working_bytes
+from faml_gpu.array_backend import Array, device_of, namespace, step, to_device, to_host
 from faml_gpu.fast_alignment import marginal
 from faml_gpu.fast_alignment.align import Candidates, Observation, screen_band
 from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
@@ -38,6 +38,7 @@ from faml_gpu.fast_alignment.marginal import (
 )
 from faml_gpu.fast_alignment.so3 import at_places, interpolate
 from faml_gpu.fast_alignment.thinning import thinned
+from faml_gpu.fast_alignment.translations import correlated_at_once, shift_waves
 from faml_gpu.fourier import Support
 from faml_gpu.symmetry import point_group, unit_share
 from faml_gpu.threads import Once, map_threads
@@ -194,12 +195,6 @@ class _Scorer:
             to_device(np.broadcast_to(reach[:, None], (b, n)), device),
         )
 
-    def _waves(self, line: Array) -> Array:
-        """exp(2 pi i k t / N) at the shifts t along an axis, for `ops.correlations`."""
-        support, xp = self.observation.support, namespace(line)
-        k = xp.arange(-support.r_max, support.r_max + 1)
-        return xp.exp(2j * np.pi / support.box * line[:, None] * k).astype(np.complex64)
-
     def score(self, particle: Array, rotations: Array, centre: Array, spacing: float, reach: int) -> tuple[Array, ...]:
         """For a list of n rotations the log of the integral over the shifts, and the rest of `_Cells` but the spacing.
 
@@ -207,13 +202,13 @@ class _Scorer:
         """
         xp = namespace(particle)
         o, n, t = self.observation, len(particle), 2 * reach + 1
+        waves = shift_waves(o.support, spacing * np.arange(-reach, reach + 1))
         line = spacing * xp.arange(-reach, reach + 1)
-        waves = self._waves(line)
         mass, spread, power, shift2 = (xp.empty(n) for _ in range(4))
         places = cube(line)  # from the centre
         of_places = xp.concatenate([places, (places**2).sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
         shift, value = xp.empty((n, self.n_shifts, 3)), xp.empty((n, self.n_shifts))
-        at_once = max(1, working_bytes(centre, cached=True) // (64 * t**3))
+        at_once = correlated_at_once(waves)
         still = not bool((centre != 0).any())
         about_origin = self._prior(centre[:1], line) if still else None
 

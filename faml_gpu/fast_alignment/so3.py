@@ -1,4 +1,4 @@
-"""Rotational correlation on SO(3) by GEMM and FFT, for a batch of particles."""
+"""Rotational correlation on SO(3) by sums over shells and degrees and an FFT, for a batch of particles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def correlate(p: Array, q: Array) -> Array:
 
     With T^l_mm' = sum_r p_lm(r) conj q_lm'(r),
     c(alpha, beta, gamma) = sum_lmm' T^l_mm' d^l_mm'(beta) exp(i m alpha) exp(i m' gamma):
-    a GEMM over the shells, one over l, and an inverse FFT over (m, m').
+    a GEMM over the shells, a sum over l (on a GPU another GEMM), and an inverse FFT over (m, m').
 
     Parameters
     ----------

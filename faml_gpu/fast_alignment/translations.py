@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from faml_gpu.array_backend import Array, device_of, namespace, to_device, working_bytes
 from faml_gpu.fourier import Support
 
-__all__ = ["ShiftWindow", "shift_window"]
+__all__ = ["ShiftWindow", "correlated_at_once", "shift_waves", "shift_window"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class ShiftWindow:
 
     @property
     def at_once(self) -> int:
-        """How many rotations to work on at a time, by the size of their correlations."""
-        return max(1, working_bytes(self.waves, cached=True) // (64 * len(self.waves) ** 3))
+        """How many rotations to work on at a time."""
+        return correlated_at_once(self.waves)
 
     def best(self, correlations: Array) -> tuple[Array, Array]:
         """Shifts (n, 3) float64 in voxels (x, y, z) and the correlation (n,) at each maximum.
@@ -64,12 +66,22 @@ class ShiftWindow:
         return shifts, values
 
 
+def shift_waves(support: Support, line: NDArray[Any]) -> Array:
+    """exp(2 pi i k t / N) of the shifts t (T,) along an axis, (T, 2r + 1) complex64, for `ops.correlations`."""
+    k = np.arange(-support.r_max, support.r_max + 1)
+    waves = np.exp(2j * np.pi / support.box * line[:, None] * k).astype(np.complex64)
+    return to_device(waves, device_of(support.coords))
+
+
+def correlated_at_once(waves: Array) -> int:
+    """How many rotations to work on at a time, by the size of their correlations at the shifts of these waves."""
+    return max(1, working_bytes(waves, cached=True) // (64 * len(waves) ** 3))
+
+
 def shift_window(support: Support, radius: float) -> ShiftWindow:
     """The window of shifts up to `radius` voxels."""
-    r, n, device = support.r_max, support.box, device_of(support.coords)
     reach = int(np.floor(radius))
     t = np.arange(-reach, reach + 1)
-    waves = np.exp(2j * np.pi / n * t[:, None] * np.arange(-r, r + 1)).astype(np.complex64)
     x, y, z = np.meshgrid(t, t, t, indexing="ij")
     inside = x * x + y * y + z * z <= radius * radius
-    return ShiftWindow(radius, to_device(waves, device), to_device(inside, device))
+    return ShiftWindow(radius, shift_waves(support, t), to_device(inside, device_of(support.coords)))

@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 from faml_gpu import faml, fourier
 from faml_gpu.array_backend import to_host
 from faml_gpu.expectation import expectation
-from faml_gpu.fast_alignment import Observation, UnseenGain, joint, marginal
+from faml_gpu.fast_alignment import Observation, UnseenGain, joint, marginal, translations
 from faml_gpu.fast_alignment.cells import all_cells, cell_children, cell_rotations, cell_width
 from faml_gpu.fast_alignment.so3 import at_places, grid_angles
 from faml_gpu.geometry import euler_to_matrix, random_rotations, rotation_angle
@@ -587,7 +587,7 @@ def test_chunks_do_not_matter(case, nothing_drawn, monkeypatch):
     shifts = marginal.shift_grid(MAX_SHIFT, 1.0)
     arguments = case.observation, case.references, case.precision, shifts, ZETA
     whole, found = marginal.log_marginal(*arguments)[0], case.integrate()
-    for module in (joint, marginal):
+    for module in (translations, marginal):
         # One particle, one shift, one rotation at a time.
         monkeypatch.setattr(module, "working_bytes", lambda _, cached=False: 1)
     np.testing.assert_allclose(marginal.log_marginal(*arguments)[0], whole, atol=2e-3)

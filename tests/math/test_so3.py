@@ -6,7 +6,7 @@ from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
 from faml_gpu import fourier, ops
-from faml_gpu.fast_alignment import shift_window
+from faml_gpu.fast_alignment import shift_window, translations
 from faml_gpu.fast_alignment.align import Observation, align, make_reference, normalised_scores
 from faml_gpu.fast_alignment.harmonics import shell_harmonics
 from faml_gpu.fast_alignment.so3 import correlate, grid_angles, interpolate
@@ -236,6 +236,22 @@ def test_align_finds_pose_and_shift(case, oracles):
     valid = np.arange(20) < found.count[:, None]
     assert np.abs(found.gain - gain)[valid].max() < 0.05 * gain.max()
     assert np.median(np.abs(found.gain - gain)[valid]) < 0.02 * gain.max()
+
+
+def test_align_piece_by_piece(case, oracles, monkeypatch):
+    """Candidates of several particles go through the shift search as one list: in pieces of it they are the same."""
+    box, _, _, structure, support, reference, weight = case
+    turned = random_rotations(3, np.random.default_rng(9))
+    spectra = np.stack([oracles.blob_transform(box, support.coords @ r, *structure) for r in turned])
+    index = np.zeros(3, np.int64)
+    observation = Observation(support, (spectra * weight).astype(np.complex64), weight[None], index, ("w",))
+    arguments = observation, reference, np.ones(len(support), np.float32), shift_window(support, 2.0), 5
+    whole = align(*arguments, centred=True)
+    monkeypatch.setattr(translations, "working_bytes", lambda _, cached: 1)  # one candidate at a time
+    one_by_one = align(*arguments, centred=True)
+    np.testing.assert_array_equal(whole.rotations, one_by_one.rotations)
+    np.testing.assert_allclose(whole.shifts, one_by_one.shifts, atol=1e-3)
+    np.testing.assert_allclose(whole.correlation, one_by_one.correlation, rtol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["numpy", "emulated"])
